@@ -1,0 +1,14 @@
+"""T-LoRA for PEFT and diffusers: LoRA whose active rank follows the timestep."""
+
+from importlib.metadata import version
+
+from ._registration import register
+from .config import TLoraConfig
+from .model import TLoraModel
+from .schedule import active_rank
+from .timestep import timestep_context
+
+__version__ = version("peft_tlora")
+__all__ = ["TLoraConfig", "TLoraModel", "__version__", "active_rank", "timestep_context"]
+
+register(TLoraConfig, TLoraModel)

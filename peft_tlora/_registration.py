@@ -1,0 +1,36 @@
+"""The contact with PEFT's registry: the enum member and the tables of tuners."""
+
+from peft import PeftType
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+_NAME = "TLORA"
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make PEFT know T-LoRA. A repeated call, as after a reload, puts the newest classes in.
+
+    PEFT's own `register_peft_method` refuses names outside of its enum and refuses to run twice.
+    """
+    if _NAME not in PeftType.__members__:
+        _add_member(_NAME)
+    peft_type = PeftType[_NAME]
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _add_member(name: str) -> None:
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    # before the map knows the name: afterwards the enum refuses to set it
+    setattr(PeftType, name, member)
+    PeftType._member_map_[name] = member  # pyright: ignore[reportAttributeAccessIssue]
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = member

@@ -1,0 +1,80 @@
+"""What the weights alone tell: a configuration from a state dict without config or metadata."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .config import TLoraConfig
+from .schedule import decode_schedule
+
+_SCHEDULE = ".lora_schedule"
+
+
+def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
+    """Rebuild the configuration of an adapter from its weights.
+
+    The schedule, min_rank, the timestep range, lora_alpha and use_rslora come from the schedule
+    tensors, r and rank_pattern from the shapes, target_modules from the names. How the adapter was
+    initialised, dropout and the like are not in the weights and keep their defaults.
+
+    Args:
+        state_dict: Weights as `peft.get_peft_model_state_dict` returns them or a file holds them.
+
+    Returns:
+        A config that rebuilds the adapter's layers with `inject_adapter_in_model`, whose names are
+        those of the state dict.
+
+    Raises:
+        ValueError: If it holds no T-LoRA adapter, or its layers differ in more than rank and alpha.
+    """
+    layers = [key.removesuffix(_SCHEDULE) for key in state_dict if key.endswith(_SCHEDULE)]
+    if not layers:
+        raise ValueError(
+            "The state dict holds no T-LoRA adapter: none of its "
+            f"{len(state_dict)} tensors is named '*{_SCHEDULE}'."
+        )
+    ranks = {layer: state_dict[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
+    decoded = {
+        layer: decode_schedule(state_dict[layer + _SCHEDULE], ranks[layer]) for layer in layers
+    }
+    alphas = {layer: decoded[layer][1] for layer in layers}
+    shared = {
+        (
+            schedule.min_rank,
+            schedule.kind,
+            schedule.exponent,
+            schedule.num_train_timesteps,
+            schedule.timestep_reversed,
+            use_rslora,
+        )
+        for schedule, _, use_rslora in decoded.values()
+    }
+    if len(shared) > 1:
+        raise ValueError(
+            f"The layers of one adapter must share one schedule, found {len(shared)}: {shared}."
+        )
+    schedule, _, use_rslora = decoded[layers[0]]
+    r, rank_pattern = _pattern(ranks)
+    lora_alpha, alpha_pattern = _pattern(alphas)
+    ortho = all(f"{layer}.lora_lambda" in state_dict for layer in layers)
+    return TLoraConfig(
+        r=r,
+        rank_pattern=rank_pattern,
+        lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
+        alpha_pattern=alpha_pattern,
+        use_rslora=use_rslora,
+        target_modules=layers,
+        min_rank=schedule.min_rank,
+        rank_schedule=schedule.kind,
+        schedule_exponent=schedule.exponent,
+        num_train_timesteps=schedule.num_train_timesteps,
+        timestep_reversed=schedule.timestep_reversed,
+        ortho_init="last" if ortho else None,
+    )
+
+
+def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common value, and those of the layers that differ from it."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {f"^{layer}": value for layer, value in values.items() if value != common}

@@ -1,0 +1,87 @@
+"""The masked low-rank update as pure functions; forward, merge and export share them."""
+
+import torch
+from torch import Tensor
+
+
+def fuse_factors(
+    q: Tensor,
+    p: Tensor,
+    lam: Tensor,
+    q0: Tensor,
+    p0: Tensor,
+    lam0: Tensor,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Write `P diag(lam m) Q - P0 diag(lam0 m) Q0` as one product of 2r columns.
+
+    It equals `up diag(m, m) down` with `up = [P - P0, P0]` and
+    `down = [lam Q; lam Q - lam0 Q0]`. In this form one factor of each summand is exactly zero at
+    initialisation, in every dtype and for every order of summation, and a small update is not the
+    rounded difference of two large ones.
+
+    Args:
+        q: Trained down-projection of shape (r, in, *kernel).
+        p: Trained up-projection of shape (out, r / groups, *ones).
+        lam: Trained singular values of shape (r,).
+        q0: Frozen initial value of `q`.
+        p0: Frozen initial value of `p`.
+        lam0: Frozen initial value of `lam`.
+        groups: Groups of the up-projection.
+
+    Returns:
+        down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the dtype of
+        the trained factors.
+    """
+    column = (-1,) + (1,) * (q.dim() - 1)
+    scaled = lam.reshape(column) * q
+    start = lam0.to(lam.dtype).reshape(column) * q0.to(q.dtype)
+    up = torch.cat([p - p0.to(p.dtype), p0.to(p.dtype)], dim=1)
+    return pair(scaled, scaled - start, groups), up
+
+
+def pair(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
+    """Concatenate along the ranks (dimension 0), group by group as a grouped convolution does."""
+    if groups == 1:
+        return torch.cat([first, second])
+    split = (groups, first.shape[0] // groups, *first.shape[1:])
+    return torch.cat([first.reshape(split), second.reshape(split)], dim=1).flatten(0, 1)
+
+
+def delta_weight(down: Tensor, up: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
+    """The weight of the update, `up diag(gate) down`, of shape (out, in, *kernel).
+
+    Args:
+        down: Shape (ranks, in, *kernel).
+        up: Shape (out, ranks / groups, *ones).
+        gate: Mask times scaling of shape (ranks,).
+        groups: Groups of the up-projection.
+    """
+    gated = gate.reshape(-1, 1) * down.flatten(1)
+    delta = up.flatten(1).unflatten(0, (groups, -1)) @ gated.unflatten(0, (groups, -1))
+    return delta.flatten(0, 1).unflatten(1, down.shape[1:])
+
+
+def align_ranks(active: Tensor, leading: int, tokens: int | None) -> Tensor | None:
+    """Bring the active ranks of a forward to the rows of one layer's input.
+
+    Args:
+        active: Active ranks of shape (), (batch,) or (batch, tokens).
+        leading: Size of the input's first dimension: the batch, or a b-major multiple of it.
+        tokens: Size of the input's second dimension, None if it has no token axis.
+
+    Returns:
+        Shape (), (leading,) or (leading, tokens); None if several samples can't be told apart.
+        Where the token axes differ, a sample's noisiest token, the one with the fewest ranks,
+        stands for the sample.
+    """
+    if active.numel() == 1:
+        return active.reshape(())
+    if active.dim() == 2 and active.numel() == leading:
+        return active.flatten()
+    if active.dim() == 2 and active.shape[1] != tokens:
+        active = active.amin(dim=1)
+    repeats, rest = divmod(leading, active.shape[0])
+    if rest:
+        return None
+    return active if repeats == 1 else active.repeat_interleave(repeats, dim=0)

@@ -1,0 +1,116 @@
+"""The orthogonal initialisation: singular triplets of a Gaussian matrix without its SVD."""
+
+import functools
+import hashlib
+import math
+from typing import Literal, get_args
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+OrthoInit = Literal["last", "middle", "principal"]
+OrthoSource = Literal["random", "weight"]
+ORTHO_INITS: tuple[str, ...] = get_args(OrthoInit)
+ORTHO_SOURCES: tuple[str, ...] = get_args(OrthoSource)
+
+
+def random_triplets(
+    out_features: int, in_features: int, r: int, choice: OrthoInit, *, seed: int, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw r singular triplets of R, an (out, in) matrix with entries N(0, (1/r)^2).
+
+    R is bi-orthogonally invariant, so its singular vectors are Haar frames independent of its
+    singular values: the frames are drawn by QR and the values from the bidiagonal model. The cost
+    is O((out + in) r^2) instead of the SVD's O(out in min(out, in)).
+
+    Args:
+        out_features: Rows of R.
+        in_features: Columns of R.
+        r: Rank of the layer. If it exceeds k = min(out, in), the last r - k triplets have singular
+            value 0 and independent unit vectors, so that the surplus can learn.
+        choice: Which of the k triplets: the "last" (smallest), "middle" or "principal" (largest) r.
+        seed: The draw is a function of (seed, name) for the frames and of (seed, shape) for the
+            values, which layers of one shape thus share.
+        name: The layer's name.
+
+    Returns:
+        P of shape (out, r), lambda of shape (r,) in descending order, and Q of shape (r, in), in
+        float32 on the CPU.
+    """
+    k = min(r, out_features, in_features)
+    values = _singular_values(out_features, in_features, r, choice, seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, name))
+    left = _haar_frame(out_features, k, generator)
+    right = _haar_frame(in_features, k, generator)
+    return _with_surplus(left, values, right.T, r, generator)
+
+
+def weight_triplets(
+    weight: Tensor, r: int, choice: OrthoInit, *, seed: int, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of a weight matrix of shape (out, in); else as `random_triplets`."""
+    left, values, right = torch.linalg.svd(weight.detach().cpu().float(), full_matrices=False)
+    window = _window(len(values), min(r, len(values)), choice)
+    generator = torch.Generator().manual_seed(derive_seed(seed, name))
+    return _with_surplus(left[:, window], values[window], right[window], r, generator)
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """A seed that depends on a base seed and a name only, not on the order of calls."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _window(k: int, count: int, choice: OrthoInit) -> slice:
+    start = {"principal": 0, "middle": math.ceil((k - count) / 2), "last": k - count}[choice]
+    return slice(start, start + count)
+
+
+def _haar_frame(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+    # without the sign the frame has the law of LAPACK's Householder convention, not Haar's
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _singular_values(rows: int, columns: int, r: int, choice: OrthoInit, seed: int) -> Tensor:
+    values = _gaussian_singular_values(
+        max(rows, columns), min(rows, columns), min(r, rows, columns), choice, seed
+    )
+    return torch.from_numpy(values / r).float()
+
+
+@functools.lru_cache(maxsize=256)
+def _gaussian_singular_values(m: int, n: int, r: int, choice: OrthoInit, seed: int) -> np.ndarray:
+    """The chosen r singular values of an m x n standard Gaussian matrix (m >= n), descending.
+
+    The bidiagonal matrix with diagonal chi_m .. chi_{m-n+1} and superdiagonal chi_{n-1} .. chi_1
+    has their joint law (Dumitriu and Edelman 2002). Its singular values are the positive
+    eigenvalues of the tridiagonal matrix with a zero diagonal and both bands interleaved (Golub
+    and Kahan 1965), which keeps the small ones accurate, as B^T B would not.
+    """
+    rng = np.random.default_rng(derive_seed(seed, f"{m}x{n}"))
+    band = np.empty(2 * n - 1)
+    band[0::2] = np.sqrt(rng.chisquare(np.arange(m, m - n, -1)))
+    band[1::2] = np.sqrt(rng.chisquare(np.arange(n - 1, 0, -1)))
+    window = _window(n, r, choice)
+    # eigenvalues ascend: -s_0 .. -s_{n-1}, s_{n-1} .. s_0
+    picked = (2 * n - window.stop, 2 * n - window.start - 1)
+    eigenvalues = scipy.linalg.eigvalsh_tridiagonal(
+        np.zeros(2 * n), band, select="i", select_range=picked
+    )
+    return np.maximum(eigenvalues[::-1], 0.0)
+
+
+def _with_surplus(
+    left: Tensor, values: Tensor, right: Tensor, r: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    surplus = r - len(values)
+    if surplus:
+        extra_left = torch.randn(left.shape[0], surplus, generator=generator)
+        extra_right = torch.randn(surplus, right.shape[1], generator=generator)
+        left = torch.cat([left, torch.nn.functional.normalize(extra_left, dim=0)], dim=1)
+        right = torch.cat([right, torch.nn.functional.normalize(extra_right, dim=1)])
+        values = torch.cat([values, values.new_zeros(surplus)])
+    return left.contiguous(), values.contiguous(), right.contiguous()

@@ -1,0 +1,244 @@
+"""Timestep -> active rank -> mask: the rank schedule of T-LoRA as pure functions of tensors."""
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Literal, get_args, overload
+
+import torch
+from torch import Tensor
+
+RankScheduleKind = Literal["power", "cosine", "constant"]
+RANK_SCHEDULES: tuple[str, ...] = get_args(RankScheduleKind)
+
+_ENCODING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """How many of a layer's ranks are active at each timestep.
+
+    Args:
+        r: The layer's rank.
+        min_rank: Ranks active at pure noise: an int is a rank, a float a fraction of `r`.
+        kind: Shape of the schedule, one of `RANK_SCHEDULES`.
+        exponent: The paper's alpha.
+        num_train_timesteps: The timestep T that means pure noise (or clean, if reversed).
+        timestep_reversed: Whether the model counts time from noise (0) to clean (T).
+    """
+
+    r: int
+    min_rank: int | float = 0.5
+    kind: RankScheduleKind = "power"
+    exponent: float = 1.0
+    num_train_timesteps: float = 1000.0
+    timestep_reversed: bool = False
+
+    @property
+    def r_min(self) -> int:
+        """The rank at pure noise; a fraction is rounded down, but to at least 1."""
+        if isinstance(self.min_rank, int):
+            return self.min_rank
+        return max(1, int(self.min_rank * self.r))
+
+    @overload
+    def active_rank(self, timestep: float) -> int: ...
+    @overload
+    def active_rank(self, timestep: Tensor) -> Tensor: ...
+    def active_rank(self, timestep: float | Tensor) -> int | Tensor:
+        """The active rank r(t); see `peft_tlora.active_rank`."""
+        if isinstance(timestep, Tensor):
+            return self._active_rank_tensor(timestep)
+        return int(self._active_rank_tensor(torch.tensor(float(timestep), dtype=torch.float64)))
+
+    def _active_rank_tensor(self, timestep: Tensor) -> Tensor:
+        # fp32 would put the floor one rank off where the product is a whole number; mps has no fp64
+        t = timestep.to(torch.float32 if timestep.device.type == "mps" else torch.float64)
+        total = self.num_train_timesteps
+        t = t.clamp(0.0, total)
+        if self.timestep_reversed:
+            t = total - t
+        match self.kind:
+            case "constant":
+                return torch.full_like(t, self.r, dtype=torch.long)
+            case "cosine":
+                clean = (1 + torch.cos(math.pi * (t / total))) / 2
+            case "power":
+                clean = (total - t) / total
+        return torch.floor(clean**self.exponent * (self.r - self.r_min)).long() + self.r_min
+
+
+@overload
+def active_rank(
+    timestep: float,
+    r: int,
+    min_rank: int | float = ...,
+    *,
+    rank_schedule: RankScheduleKind = ...,
+    schedule_exponent: float = ...,
+    num_train_timesteps: float = ...,
+    timestep_reversed: bool = ...,
+) -> int: ...
+@overload
+def active_rank(
+    timestep: Tensor,
+    r: int,
+    min_rank: int | float = ...,
+    *,
+    rank_schedule: RankScheduleKind = ...,
+    schedule_exponent: float = ...,
+    num_train_timesteps: float = ...,
+    timestep_reversed: bool = ...,
+) -> Tensor: ...
+def active_rank(
+    timestep: float | Tensor,
+    r: int,
+    min_rank: int | float = 0.5,
+    *,
+    rank_schedule: RankScheduleKind = "power",
+    schedule_exponent: float = 1.0,
+    num_train_timesteps: float = 1000.0,
+    timestep_reversed: bool = False,
+) -> int | Tensor:
+    """The number of ranks that T-LoRA keeps active at a timestep.
+
+    `r(t) = floor(((T - t) / T) ** alpha * (r - r_min)) + r_min`, the rank schedule of T-LoRA
+    (arXiv 2507.05964), evaluated in float64 in just this order.
+
+    Args:
+        timestep: Timestep in the model's own unit, a number or a tensor of any shape; values
+            outside [0, T] are clamped.
+        r: Rank of the layer, at least 1.
+        min_rank: Ranks active at pure noise: an int in [0, r], or a float in [0, 1], a fraction of
+            `r` rounded down, but to at least 1.
+        rank_schedule: "power" as above; "cosine" puts `(1 + cos(pi t / T)) / 2` in the place of
+            `(T - t) / T`; "constant" is `r` at every timestep.
+        schedule_exponent: The paper's alpha, above 0.
+        num_train_timesteps: The value T that means pure noise, above 0.
+        timestep_reversed: Whether time runs the other way: 0 is pure noise and T is clean.
+
+    Returns:
+        An int for a number; for a tensor an int64 tensor of the same shape on the same device.
+
+    Raises:
+        ValueError: If a value is out of its range or `rank_schedule` is unknown.
+        TypeError: If a value has the wrong type.
+    """
+    check_rank(r, "r")
+    check_min_rank(min_rank, r)
+    check_choice(rank_schedule, RANK_SCHEDULES, "rank_schedule")
+    check_positive(schedule_exponent, "schedule_exponent")
+    check_positive(num_train_timesteps, "num_train_timesteps")
+    if not isinstance(timestep, Tensor) and not math.isfinite(timestep):
+        raise ValueError(f"timestep must be a finite number, got {timestep}.")
+    schedule = RankSchedule(
+        r, min_rank, rank_schedule, schedule_exponent, num_train_timesteps, timestep_reversed
+    )
+    return schedule.active_rank(timestep)
+
+
+def rank_mask(active: int | Tensor, r: int, device: torch.device) -> Tensor:
+    """The mask m(t): for active ranks of shape (...) a bool tensor of shape (..., r)."""
+    positions = torch.arange(r, device=device)
+    if isinstance(active, Tensor):
+        return positions < active.to(device, non_blocking=True).unsqueeze(-1)
+    return positions < active
+
+
+def check_rank(value: object, name: str) -> None:
+    """Raise unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_min_rank(min_rank: object, r: int, where: str = "r") -> None:
+    """Raise unless `min_rank` is an int in [0, r] or a float in [0, 1]."""
+    if isinstance(min_rank, bool) or not isinstance(min_rank, (int, float)):
+        raise TypeError(
+            f"min_rank must be an int (a rank) or a float (a fraction of r), got {min_rank!r}."
+        )
+    if isinstance(min_rank, int) and not 0 <= min_rank <= r:
+        raise ValueError(
+            f"min_rank={min_rank} is a number of ranks and must lie in [0, {r}] for {where}={r}; "
+            "pass a float in [0, 1] to give a fraction of each layer's own r."
+        )
+    if isinstance(min_rank, float) and not 0 <= min_rank <= 1:
+        raise ValueError(
+            f"min_rank={min_rank} is a fraction of r and must lie in [0, 1]; "
+            "pass an int to give a number of ranks."
+        )
+
+
+def check_choice(value: object, choices: tuple[str, ...], name: str) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+
+
+def check_positive(value: object, name: str) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value}.")
+
+
+def encode_schedule(schedule: RankSchedule, lora_alpha: float, use_rslora: bool) -> Tensor:
+    """Write a schedule and LoRA's scaling into an int64 tensor of shape (9,).
+
+    Such a tensor travels with the weights, so that a file without config and metadata describes
+    itself. Floats are kept as the bits of their float64, because hosts cast floating-point tensors
+    to the model's dtype but leave integers alone. Layout: version, kind (index in
+    `RANK_SCHEDULES`), exponent, min_rank, whether min_rank is a fraction, num_train_timesteps,
+    timestep_reversed, lora_alpha, use_rslora.
+    """
+    return torch.tensor(
+        [
+            _ENCODING_VERSION,
+            RANK_SCHEDULES.index(schedule.kind),
+            _float_to_bits(schedule.exponent),
+            _float_to_bits(schedule.min_rank),
+            isinstance(schedule.min_rank, float),
+            _float_to_bits(schedule.num_train_timesteps),
+            schedule.timestep_reversed,
+            _float_to_bits(lora_alpha),
+            use_rslora,
+        ],
+        dtype=torch.int64,
+    )
+
+
+def decode_schedule(encoded: Tensor, r: int) -> tuple[RankSchedule, float, bool]:
+    """Inverse of `encode_schedule`: the schedule of a layer of rank `r`, lora_alpha, use_rslora.
+
+    Raises:
+        ValueError: If the tensor isn't a schedule of a known version.
+    """
+    values = encoded.tolist() if encoded.dtype == torch.int64 and encoded.shape == (9,) else [0]
+    if values[0] != _ENCODING_VERSION or not 0 <= values[1] < len(RANK_SCHEDULES):
+        raise ValueError(
+            f"lora_schedule must be an int64 tensor of shape (9,) with version {_ENCODING_VERSION} "
+            f"in front, got {encoded.dtype} of shape {tuple(encoded.shape)}: {encoded}. The file "
+            "is damaged or was written by a newer peft_tlora."
+        )
+    _, kind, exponent, min_rank, is_fraction, total, is_reversed, lora_alpha, use_rslora = values
+    minimum = _bits_to_float(min_rank)
+    schedule = RankSchedule(
+        r=r,
+        min_rank=minimum if is_fraction else int(minimum),
+        kind=RANK_SCHEDULES[kind],  # pyright: ignore[reportArgumentType]
+        exponent=_bits_to_float(exponent),
+        num_train_timesteps=_bits_to_float(total),
+        timestep_reversed=bool(is_reversed),
+    )
+    return schedule, _bits_to_float(lora_alpha), bool(use_rslora)
+
+
+def _float_to_bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _bits_to_float(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]

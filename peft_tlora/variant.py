@@ -1,0 +1,187 @@
+"""What a T-LoRA adapter computes in one layer: forward and merge, from one pair of factors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.other import transpose
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .functional import align_ranks, delta_weight, fuse_factors, pair
+from .schedule import RankSchedule, rank_mask
+from .timestep import CapturedTimestep
+
+if TYPE_CHECKING:
+    from .layer import TLoraLayer
+
+
+class TLoraVariant(LoraVariant):
+    """The masked update of one T-LoRA adapter in one layer.
+
+    `s (P diag(lam m(t)) Q - P0 diag(lam0 m(t)) Q0) x` with an orthogonal initialisation and
+    `s B diag(m(t)) A x` without, where s is LoRA's scaling (arXiv 2507.05964).
+
+    Args:
+        layer_name: Name of the layer in the model, for messages.
+        schedule: The rank schedule.
+        repacked: Whether the rows of the layer's input may be other than batch-major.
+    """
+
+    def __init__(self, layer_name: str, schedule: RankSchedule, repacked: bool) -> None:
+        self.layer_name = layer_name
+        self.schedule = schedule
+        self.repacked = repacked
+        self.merged_rank: int | Tensor | None = None
+
+    def init(self, module: TLoraLayer, adapter_name: str, **kwargs: object) -> None:
+        """Nothing to do when PEFT makes an adapter of this name anew: T-LoRA is added afterwards."""
+
+    def forward(
+        self, module: TLoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+    ) -> Tensor:
+        """Add the masked update of `x`, (batch, ..., in) or (batch, in, ...), to `result`."""
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        down, up = self._factors(module, active_adapter)
+        x = module.lora_dropout[active_adapter](x)
+        if isinstance(lora_A, _ConvNd):
+            hidden = lora_A._conv_forward(x, down, None)
+            channel = hidden.dim() - lora_A.weight.dim() + 1
+            gate = self._gate(module, active_adapter, hidden, channel)
+            return result + lora_B._conv_forward(hidden * gate, up, None)
+        hidden = nn.functional.linear(x, down)
+        gate = self._gate(module, active_adapter, hidden, hidden.dim() - 1)
+        return result + nn.functional.linear(hidden * gate, up)
+
+    def delta_weight(self, module: TLoraLayer, adapter: str, rank: int | Tensor | None) -> Tensor:
+        """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
+        down, up = self._factors(module, adapter)
+        dtype = down.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            down, up = down.float(), up.float()
+        gate = self._mask(module, adapter, rank, down) * module.scaling[adapter]
+        delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
+        return transpose(delta, getattr(module, "fan_in_fan_out", False))
+
+    def context_rank(self, module: TLoraLayer) -> int | Tensor | None:
+        """The one rank that a merged weight has; None if all are active.
+
+        Raises:
+            ValueError: If the context holds several different timesteps.
+        """
+        state = module.timestep_state
+        timestep = None if state is None else state.context
+        if timestep is None:
+            return None
+        if not timestep.is_uniform():
+            raise ValueError(
+                "A merged weight has one mask for all samples, but the timestep context holds "
+                f"{timestep.value}; merge in a context with a single timestep."
+            )
+        rank = timestep.active_rank(self.schedule)
+        return rank.flatten()[0] if isinstance(rank, Tensor) else rank
+
+    def merge_safe(self, module: TLoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The base weight plus the update, whose rank this merge fixes."""
+        return orig_weight + self._fix(module, active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: TLoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the update, whose rank this merge fixes, to the base weight in place."""
+        orig_weight.data += self._fix(module, active_adapter).to(orig_weight.dtype)
+
+    def unmerge(self, module: TLoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Take the update out again, at the rank that it was merged with."""
+        delta = self.delta_weight(module, active_adapter, self.merged_rank)
+        return orig_weight.data - delta.to(orig_weight.dtype)
+
+    def follow(self, module: TLoraLayer, schedule: RankSchedule) -> None:
+        """Take over the schedule of a file, and warn if the config said otherwise."""
+        if schedule != self.schedule and module.timestep_state is not None:
+            module.timestep_state.warn_once(
+                "schedule",
+                f"The loaded weights of {self.layer_name} were trained with {schedule}, but the "
+                f"config says {self.schedule}. The weights' own schedule is used.",
+            )
+        self.schedule = schedule
+
+    def _factors(self, module: TLoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+        """Down- and up-projection, to be gated in between."""
+        q, p = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        if adapter not in module.lora_lambda:
+            return q, p
+        return fuse_factors(
+            q,
+            p,
+            module.lora_lambda[adapter],
+            module.lora_A_init[adapter],
+            module.lora_B_init[adapter],
+            module.lora_lambda_init[adapter],
+            groups_of(module),
+        )
+
+    def _mask(
+        self, module: TLoraLayer, adapter: str, rank: int | Tensor | None, like: Tensor
+    ) -> Tensor:
+        """The mask of shape (..., ranks) of the factors, in the dtype and on the device of `like`."""
+        r = module.r[adapter]
+        if rank is None:
+            mask = like.new_ones(r)
+        else:
+            mask = rank_mask(rank, r, like.device).to(like.dtype)
+        if adapter in module.lora_lambda:
+            by_rank = mask.movedim(-1, 0)
+            mask = pair(by_rank, by_rank, groups_of(module)).movedim(0, -1)
+        return mask
+
+    def _gate(self, module: TLoraLayer, adapter: str, hidden: Tensor, channel: int) -> Tensor:
+        """Mask times scaling, broadcastable to `hidden` with its ranks in dimension `channel`."""
+        rank = self._forward_rank(module, hidden, channel)
+        gate = self._mask(module, adapter, rank, hidden) * module.scaling[adapter]
+        before = channel + 1 - gate.dim() if gate.dim() > 1 else 0
+        after = hidden.dim() - 1 - channel
+        return gate.reshape(*gate.shape[:-1], *(1,) * before, gate.shape[-1], *(1,) * after)
+
+    def _forward_rank(self, module: TLoraLayer, hidden: Tensor, channel: int) -> int | Tensor | None:
+        """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
+        state = module.timestep_state
+        timestep = None if state is None or self.schedule.kind == "constant" else state.current()
+        if timestep is None:
+            return None
+        rank = timestep.active_rank(self.schedule)
+        if isinstance(rank, int):
+            return rank
+        rows = hidden.shape[0] if channel > 0 else 1
+        tokens = hidden.shape[1] if channel > 1 else None
+        if self.repacked and rank.numel() > 1 and rank.shape[0] != rows:
+            return self._uniform_rank(timestep, rank, rows)
+        aligned = align_ranks(rank, rows, tokens)
+        return self._uniform_rank(timestep, rank, rows) if aligned is None else aligned
+
+    def _uniform_rank(self, timestep: CapturedTimestep, rank: Tensor, rows: int) -> Tensor:
+        if timestep.is_uniform():
+            return rank.flatten()[0]
+        raise ValueError(
+            f"The T-LoRA layer {self.layer_name} can't tell which rows of its input belong to which "
+            f"of the {rank.shape[0]} samples with different timesteps: its first dimension is "
+            f"{rows}. Run it with one timestep for the whole batch, or leave the layer out with "
+            "exclude_modules."
+        )
+
+    def _fix(self, module: TLoraLayer, adapter: str) -> Tensor:
+        state = module.timestep_state
+        if state is not None and state.denoiser is not None and self.schedule.kind != "constant":
+            state.warn_once(
+                "merge",
+                "Merging a T-LoRA adapter fixes its mask: from here on the weights don't depend on "
+                "the timestep. The mask is that of the surrounding timestep_context, all ranks "
+                "without one.",
+            )
+        self.merged_rank = self.context_rank(module)
+        return self.delta_weight(module, adapter, self.merged_rank)
+
+
+def groups_of(module: TLoraLayer) -> int:
+    """Groups of the base layer: 1 unless it is a grouped convolution."""
+    return getattr(module.get_base_layer(), "groups", 1)

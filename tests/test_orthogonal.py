@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from peft_tlora.orthogonal import ORTHO_INITS, random_triplets, weight_triplets
+
+DRAWS = 1000
+R = 3
+
+
+def dense_svd_triplets(rows, columns, choice):
+    """The paper's initialisation, literally: batches of P, lambda and Q."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(DRAWS, rows, columns, generator=generator) / R
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    k = min(rows, columns)
+    start = {"principal": 0, "middle": -(-(k - R) // 2), "last": k - R}[choice]
+    window = slice(start, start + R)
+    # LAPACK's SVD fixes signs by convention, which a Haar matrix does not
+    sign = torch.sign(torch.randn(DRAWS, 1, R, generator=generator))
+    return u[:, :, window] * sign, s[:, window], vh[:, window] * sign.mT
+
+
+def our_triplets(rows, columns, choice):
+    draws = [random_triplets(rows, columns, R, choice, seed=s, name="layer") for s in range(DRAWS)]
+    return [torch.stack(parts) for parts in zip(*draws, strict=True)]
+
+
+STATISTICS = {
+    **{f"lambda_{i}": lambda p, lam, q, i=i: lam[:, i] for i in range(R)},
+    "entry of P": lambda p, lam, q: p[:, 0, 0],
+    "largest entry of P": lambda p, lam, q: p.abs().amax((1, 2)),
+    "entry of Q": lambda p, lam, q: q[:, R - 1, 1],
+    "product of two columns": lambda p, lam, q: p[:, 0, 0] * p[:, 1, 1],
+    "entry of the product": lambda p, lam, q: ((p * lam[:, None]) @ q)[:, 0, 1],
+}
+
+
+@pytest.mark.parametrize("choice", ORTHO_INITS)
+@pytest.mark.parametrize("shape", [(12, 12), (7, 15), (15, 7)], ids=["square", "wide", "tall"])
+def test_the_law_is_that_of_a_dense_svd(shape, choice):
+    dense, ours = dense_svd_triplets(*shape, choice), our_triplets(*shape, choice)
+    for name, statistic in STATISTICS.items():
+        p_value = scipy.stats.ks_2samp(statistic(*dense), statistic(*ours)).pvalue
+        assert p_value > 1e-4, f"{name}: p={p_value}"
+
+
+def test_the_law_test_can_tell_a_wrong_scale():
+    dense, ours = dense_svd_triplets(12, 12, "last"), our_triplets(12, 12, "last")
+    assert scipy.stats.ks_2samp(dense[1][:, 0], 1.1 * ours[1][:, 0]).pvalue < 1e-4
+
+
+@pytest.mark.parametrize("choice", ORTHO_INITS)
+def test_frames_are_orthonormal_and_values_descend(choice):
+    p, lam, q = random_triplets(40, 24, 8, choice, seed=0, name="layer")
+    torch.testing.assert_close(p.T @ p, torch.eye(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(q @ q.T, torch.eye(8), atol=1e-5, rtol=0)
+    assert (lam[:-1] >= lam[1:]).all()
+    assert (lam > 0).all()
+
+
+def test_the_smallest_values_of_a_large_square_matrix_are_accurate():
+    # figures of the paper's own initialisation, 1280 x 1280 at r=64: 0.043 .. 0.0002
+    values = np.stack(
+        [random_triplets(1280, 1280, 64, "last", seed=s, name="layer")[1] for s in range(8)]
+    )
+    assert values[:, 0].mean() == pytest.approx(0.043, abs=0.003)
+    assert 0 < values[:, -1].mean() < 0.001
+
+
+def test_a_draw_depends_on_seed_name_and_shape_only():
+    first = random_triplets(16, 12, 4, "last", seed=0, name="a")
+    random_triplets(16, 12, 4, "last", seed=0, name="b")
+    torch.rand(3)
+    again = random_triplets(16, 12, 4, "last", seed=0, name="a")
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    other_name = random_triplets(16, 12, 4, "last", seed=0, name="b")
+    other_seed = random_triplets(16, 12, 4, "last", seed=1, name="a")
+    assert not torch.equal(first[0], other_name[0])
+    assert torch.equal(first[1], other_name[1])  # one draw of the values a shape
+    assert not torch.equal(first[1], other_seed[1])
+
+
+def test_a_rank_above_both_dimensions_keeps_r_columns():
+    p, lam, q = random_triplets(5, 3, 7, "last", seed=0, name="layer")
+    assert p.shape == (5, 7)
+    assert q.shape == (7, 3)
+    assert (lam[:3] > 0).all()
+    assert (lam[3:] == 0).all()
+    torch.testing.assert_close(p.norm(dim=0), torch.ones(7))
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(7))
+
+
+def test_the_weights_triplets_rebuild_the_weight():
+    weight = torch.randn(9, 6)
+    p, lam, q = weight_triplets(weight, 6, "last", seed=0, name="layer")
+    torch.testing.assert_close((p * lam) @ q, weight)
+    p, lam, q = weight_triplets(weight, 2, "principal", seed=0, name="layer")
+    assert (weight - (p * lam) @ q).norm() < weight.norm()
+    torch.testing.assert_close(lam[0], torch.linalg.matrix_norm(weight, 2))

@@ -1,0 +1,78 @@
+import importlib
+import pickle
+import subprocess
+import sys
+
+import peft
+import peft_tlora
+import pytest
+from peft import PeftType
+from peft_tlora import TLoraConfig, TLoraModel
+from peft_tlora._registration import register
+
+
+def test_the_type_is_a_member_of_the_enum():
+    member = PeftType("TLORA")
+    assert member is PeftType.TLORA is PeftType["TLORA"]
+    assert isinstance(member, PeftType)
+    assert member == "TLORA"
+    assert member.name == member.value == "TLORA"
+    assert member in list(PeftType)
+    assert repr(member) == "<PeftType.TLORA: 'TLORA'>"
+    assert hash(member) == hash("TLORA")
+    assert pickle.loads(pickle.dumps(member)) is member
+
+
+def test_no_other_member_changed():
+    code = "import peft; before = list(peft.PeftType); import peft_tlora; after = list(peft.PeftType)"
+    check = f"{code}; assert after[:-1] == before; assert after[-1].name == 'TLORA'"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_registering_again_is_harmless_and_the_newest_classes_win():
+    class NewerModel(TLoraModel):
+        pass
+
+    members = list(PeftType)
+    register(TLoraConfig, NewerModel)
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.TLORA] is NewerModel
+    importlib.reload(peft_tlora)
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.TLORA] is TLoraModel
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.TLORA] is TLoraConfig
+    assert list(PeftType) == members
+
+
+def test_a_second_import_of_the_package_works():
+    code = (
+        "import sys, peft_tlora\n"
+        "for name in [n for n in sys.modules if n.startswith('peft_tlora')]: del sys.modules[name]\n"
+        "import peft_tlora, peft, torch\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "model = peft.get_peft_model(model, peft_tlora.TLoraConfig(r=2, target_modules=['0']))\n"
+        "assert isinstance(model.base_model, peft_tlora.TLoraModel)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_config_pickled_in_one_process_loads_in_another(tmp_path):
+    path = tmp_path / "config.pkl"
+    path.write_bytes(pickle.dumps(TLoraConfig(r=4, min_rank=1)))
+    code = f"import pickle; c = pickle.load(open({str(path)!r}, 'rb')); assert c.min_rank == 1"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names_are_exported():
+    assert set(peft_tlora.__all__) == {
+        "TLoraConfig",
+        "TLoraModel",
+        "__version__",
+        "active_rank",
+        "timestep_context",
+    }
+    for name in peft_tlora.__all__:
+        assert getattr(peft_tlora, name)
+
+
+def test_unknown_enum_names_still_raise():
+    with pytest.raises(ValueError, match="NOTHING"):
+        PeftType("NOTHING")

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from peft_tlora import active_rank
+from peft_tlora.schedule import RankSchedule, decode_schedule, encode_schedule, rank_mask
+
+
+def paper_rank(t, r, r_min, alpha=1.0, total=1000):
+    return math.floor(((total - t) / total) ** alpha * (r - r_min)) + r_min
+
+
+@pytest.mark.parametrize("r", [4, 7, 16, 64, 104])
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.0])
+def test_active_rank_equals_the_papers_formula_at_every_timestep(r, alpha):
+    r_min = r // 2
+    ts = torch.arange(0, 1001)
+    expected = torch.tensor([paper_rank(t, r, r_min, alpha) for t in range(1001)])
+    found = active_rank(ts, r, r_min, schedule_exponent=alpha)
+    assert found.dtype == torch.int64
+    if alpha == 1.0:
+        assert torch.equal(found, expected)
+    else:  # pow differs in the last bit between C libraries
+        assert (found != expected).sum() <= 2
+
+
+def test_active_rank_of_a_number_is_an_int_and_equals_the_tensors():
+    ranks = [active_rank(t, 16) for t in (0, 1, 250.5, 999, 1000)]
+    assert all(type(rank) is int for rank in ranks)
+    assert ranks == active_rank(torch.tensor([0, 1, 250.5, 999, 1000]), 16).tolist()
+    assert ranks[0] == 16
+    assert ranks[-1] == 8
+
+
+def test_cosine_replaces_the_linear_decay():
+    for t in (0, 100, 500, 900, 1000):
+        decay = (1 + math.cos(math.pi * t / 1000)) / 2
+        expected = math.floor(decay**2 * (64 - 10)) + 10
+        assert active_rank(t, 64, 10, rank_schedule="cosine", schedule_exponent=2.0) == expected
+
+
+def test_constant_is_full_rank_at_every_timestep():
+    assert active_rank(torch.tensor([0, 500, 1000]), 8, 2, rank_schedule="constant").tolist() == [
+        8,
+        8,
+        8,
+    ]
+
+
+def test_reversed_time_and_unit_scale_mirror_the_schedule():
+    u = torch.linspace(0, 1, 65, dtype=torch.float64)  # exact binary fractions
+    forward = active_rank(u, 64, 16, num_train_timesteps=1.0)
+    backward = active_rank(1 - u, 64, 16, num_train_timesteps=1.0, timestep_reversed=True)
+    assert torch.equal(forward, backward)
+    assert forward[0] == 64
+    assert forward[-1] == 16
+
+
+def test_out_of_range_timesteps_are_clamped_before_the_power():
+    ts = torch.tensor([-50.0, 1200.0])
+    assert active_rank(ts, 8, 2, schedule_exponent=0.5).tolist() == [8, 2]
+
+
+@pytest.mark.parametrize(
+    ("min_rank", "r", "expected"),
+    [(0.5, 16, 8), (0.5, 5, 2), (0.5, 1, 1), (0.0, 16, 1), (1.0, 16, 16), (0, 16, 0), (3, 16, 3)],
+)
+def test_min_rank_is_a_rank_or_a_rounded_down_fraction(min_rank, r, expected):
+    assert active_rank(1000, r, min_rank) == expected
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_low_precision_timesteps_move_the_rank_by_one_at_most(low):
+    ts = torch.arange(0, 1000)
+    difference = active_rank(ts, 64) - active_rank(ts.to(low), 64)
+    assert difference.abs().max() <= 1
+
+
+def test_rank_mask_has_the_first_ranks_active():
+    mask = rank_mask(torch.tensor([[0, 2], [3, 1]]), 3, torch.device("cpu"))
+    assert mask.int().tolist() == [[[0, 0, 0], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]]]
+    assert rank_mask(2, 3, torch.device("cpu")).int().tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+        ({"r": 4.0}, TypeError, "r must be an int"),
+        ({"min_rank": -1}, ValueError, r"\[0, 8\]"),
+        ({"min_rank": 9}, ValueError, "min_rank=9"),
+        ({"min_rank": 1.5}, ValueError, r"fraction of r and must lie in \[0, 1\]"),
+        ({"min_rank": float("nan")}, ValueError, "min_rank=nan"),
+        ({"min_rank": True}, TypeError, "min_rank"),
+        ({"rank_schedule": "linear"}, ValueError, "'power', 'cosine', 'constant'"),
+        ({"schedule_exponent": 0.0}, ValueError, "schedule_exponent"),
+        ({"num_train_timesteps": float("inf")}, ValueError, "num_train_timesteps"),
+        ({"timestep": float("nan")}, ValueError, "timestep"),
+    ],
+)
+def test_bad_values_raise(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        active_rank(**{"timestep": 500, "r": 8, **kwargs})
+
+
+@pytest.mark.parametrize("min_rank", [0.5, 1 / 3, 0, 7])
+def test_a_schedule_survives_its_encoding_to_the_bit(min_rank):
+    schedule = RankSchedule(8, min_rank, "cosine", 1 / 3, 1.6377, True)
+    encoded = encode_schedule(schedule, 1 / 7, use_rslora=True)
+    assert decode_schedule(encoded, 8) == (schedule, 1 / 7, True)
+    assert type(decode_schedule(encoded, 8)[0].min_rank) is type(min_rank)
+
+
+@pytest.mark.parametrize(
+    "damaged", [torch.zeros(9), torch.zeros(9, dtype=torch.int64), torch.ones(3, dtype=torch.int64)]
+)
+def test_a_damaged_schedule_raises(damaged):
+    with pytest.raises(ValueError, match="lora_schedule must be an int64 tensor"):
+        decode_schedule(damaged, 8)
