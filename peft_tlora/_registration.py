@@ -1,5 +1,7 @@
 """The contact with PEFT's registry: the enum member and the tables of tuners."""
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -24,7 +26,7 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 def _add_member(name: str) -> None:
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = PeftType

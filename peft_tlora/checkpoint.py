@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from .config import TLoraConfig
 from .schedule import decode_schedule
 
 _SCHEDULE = ".lora_schedule"
+Number = TypeVar("Number", int, float)
 
 
 def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
@@ -74,7 +76,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
     )
 
 
-def _pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+def _pattern(values: dict[str, Number]) -> tuple[Number, dict[str, Number]]:
     """The most common value, and those of the layers that differ from it."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {f"^{layer}": value for layer, value in values.items() if value != common}

@@ -16,7 +16,7 @@ from .config import TLoraConfig
 from .orthogonal import OrthoInit, random_triplets, weight_triplets
 from .schedule import RankSchedule, decode_schedule, encode_schedule
 from .timestep import TimestepState
-from .variant import TLoraVariant, groups_of
+from .variant import Layer, TLoraVariant, groups_of
 
 _BUFFERS = ("lora_A_init", "lora_B_init", "lora_lambda_init", "lora_schedule")
 
@@ -85,7 +85,7 @@ _LAYER_CLASSES: dict[type, type[TLoraLayer]] = {
 }
 
 
-def as_tlora_layer(layer: nn.Module, layer_name: str) -> TLoraLayer:
+def as_tlora_layer(layer: nn.Module, layer_name: str) -> Layer:
     """The T-LoRA layer that takes the place of one of PEFT's LoRA layers.
 
     It shares all of the layer's state, so that its adapters and hooks stay in force.
@@ -101,7 +101,7 @@ def as_tlora_layer(layer: nn.Module, layer_name: str) -> TLoraLayer:
             f"{layer_name}; leave it out with exclude_modules."
         )
     cls = _LAYER_CLASSES[type(layer)]
-    extended = cls.__new__(cls)
+    extended: Layer = cls.__new__(cls)
     object.__setattr__(extended, "__dict__", layer.__dict__)
     extended.lora_lambda = nn.ParameterDict()
     for name in _BUFFERS:
@@ -110,7 +110,7 @@ def as_tlora_layer(layer: nn.Module, layer_name: str) -> TLoraLayer:
 
 
 def add_tlora(
-    layer: TLoraLayer,
+    layer: Layer,
     adapter_name: str,
     config: TLoraConfig,
     layer_name: str,
@@ -145,7 +145,7 @@ def add_tlora(
 
 
 def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
-    """Give the down-projection what PEFT leaves at its default, so that it moves as the base does."""
+    """Make the down-projection move as the base does; PEFT leaves these at their defaults."""
     lora_A.dilation = base.dilation
     lora_A.padding_mode = base.padding_mode
     lora_A._reversed_padding_repeated_twice = base._reversed_padding_repeated_twice
@@ -153,7 +153,7 @@ def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
 
 @torch.no_grad()
 def _initialise(
-    layer: TLoraLayer,
+    layer: Layer,
     adapter_name: str,
     config: TLoraConfig,
     choice: OrthoInit,
@@ -182,7 +182,7 @@ def _initialise(
 
 
 def _random_factors(
-    layer: TLoraLayer, q: Tensor, p: Tensor, choice: OrthoInit, layer_name: str, seed: int
+    layer: Layer, q: Tensor, p: Tensor, choice: OrthoInit, layer_name: str, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Initial P, lambda and Q as matrices; each group of a grouped convolution has its own draw."""
     groups = groups_of(layer)
@@ -202,7 +202,7 @@ def _random_factors(
 
 
 def _weight_factors(
-    layer: TLoraLayer, r: int, choice: OrthoInit, layer_name: str, seed: int
+    layer: Layer, r: int, choice: OrthoInit, layer_name: str, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the singular triplets of the base layer's weight."""
     weight = layer.get_base_layer().weight

@@ -31,7 +31,9 @@ class TLoraModel(LoraModel):
         low_cpu_mem_usage: Make the adapter's weights on the meta device, for loading.
     """
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Add an adapter to a model and connect its layers with the model's timestep."""
         config = self.peft_config[adapter_name]
         seed = getattr(config, "init_seed", None)
@@ -95,7 +97,7 @@ class TLoraModel(LoraModel):
             self._oversized.append(current_key)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for module in model.modules():
             disconnect(module)
         return model

@@ -9,6 +9,7 @@ This holds for every checkpointing function, reentrant or not.
 """
 
 import math
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -57,8 +58,8 @@ class CapturedTimestep:
     def is_uniform(self) -> bool:
         """Whether all samples share one timestep. Reads a device tensor: a last resort."""
         if self._uniform is None:
-            value = self.value
-            self._uniform = not isinstance(value, Tensor) or bool((value == value.flatten()[0]).all())
+            t = self.value
+            self._uniform = not isinstance(t, Tensor) or bool((t == t.flatten()[0]).all())
         return self._uniform
 
 
@@ -67,6 +68,7 @@ class _Forward:
 
     def __init__(self, timestep: CapturedTimestep | None) -> None:
         self.timestep = timestep
+        self.thread = threading.get_ident()  # each thread counts for itself
         self.first = _next_sequence_number()
         self.end: int | None = None
 
@@ -88,7 +90,8 @@ class TimestepState:
         self._captured: CapturedTimestep | None = None
         self._running: _Forward | None = None
         self._forwards: deque[_Forward] = deque(maxlen=_MAX_PENDING_FORWARDS)
-        self._recomputed: CapturedTimestep | None = None
+        self._recomputed: _Forward | None = None
+        self._last_number = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, object]:
@@ -101,7 +104,6 @@ class TimestepState:
 
     def begin_forward(self, timestep: object) -> None:
         """Take the timestep of a denoiser's forward that starts now; None if it has none."""
-        self._recomputed = None
         self._captured = None if timestep is None else CapturedTimestep(timestep)  # pyright: ignore[reportArgumentType]
         self._running = self._record()
 
@@ -128,9 +130,9 @@ class TimestepState:
         if timestep is None and self.denoiser is not None:
             self.warn_once(
                 "missing",
-                f"A T-LoRA layer of {self.denoiser} ran without a timestep, so all of its ranks are "
-                "active. Call the model itself, not its forward method, with the timestep as an "
-                "argument, or set it with `with peft_tlora.timestep_context(model, timestep):`.",
+                f"A T-LoRA layer of {self.denoiser} ran without a timestep, so all of its ranks "
+                "are active. Call the model itself, not its forward method, with the timestep as "
+                "an argument, or set it with `with peft_tlora.timestep_context(model, timestep):`.",
             )
         return timestep
 
@@ -150,11 +152,13 @@ class TimestepState:
             return None
         forward = _Forward(self._explicit or self._captured)
         self._forwards.append(forward)
+        self._recomputed = None
+        self._last_number = forward.first
         return forward
 
     def _close(self, forward: _Forward | None) -> None:
         if forward is not None:
-            forward.end = _next_sequence_number()
+            forward.end = self._last_number = _next_sequence_number()
 
     def _of_recomputation(self) -> CapturedTimestep | None:
         if torch.compiler.is_compiling() or not self._forwards:
@@ -162,18 +166,22 @@ class TimestepState:
         number = _backward_sequence_number()
         if number is None:
             return None
+        outer = self._recomputed
+        if outer is not None and outer.thread == threading.get_ident():
+            if number >= self._last_number:
+                # no forward has used this number: a recomputed block holds a checkpoint itself
+                return outer.timestep
         for forward in reversed(self._forwards):
             if forward.owns(number):
-                self._recomputed = forward.timestep
+                self._recomputed = forward
                 return forward.timestep
-        if len(self._forwards) == _MAX_PENDING_FORWARDS and number < self._forwards[0].first:
+        if len(self._forwards) == self._forwards.maxlen and number < self._forwards[0].first:
             raise RuntimeError(
-                f"More than {_MAX_PENDING_FORWARDS} forwards of {self.denoiser} came before this "
+                f"More than {self._forwards.maxlen} forwards of {self.denoiser} came before this "
                 "backward, so the timestep of a checkpointed block is no longer known. Call "
                 "backward earlier."
             )
-        # a checkpoint inside a checkpoint: its nodes were made by the outer recomputation
-        return self._recomputed
+        return None if outer is None else outer.timestep
 
 
 @runtime_checkable

@@ -1,8 +1,6 @@
 """What a T-LoRA adapter computes in one layer: forward and merge, from one pair of factors."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
@@ -14,8 +12,8 @@ from .functional import align_ranks, delta_weight, fuse_factors, pair
 from .schedule import RankSchedule, rank_mask
 from .timestep import CapturedTimestep
 
-if TYPE_CHECKING:
-    from .layer import TLoraLayer
+# a peft_tlora.layer.TLoraLayer; torch types what hangs on a module as Tensor | Module
+Layer: TypeAlias = Any
 
 
 class TLoraVariant(LoraVariant):
@@ -36,11 +34,11 @@ class TLoraVariant(LoraVariant):
         self.repacked = repacked
         self.merged_rank: int | Tensor | None = None
 
-    def init(self, module: TLoraLayer, adapter_name: str, **kwargs: object) -> None:
-        """Nothing to do when PEFT makes an adapter of this name anew: T-LoRA is added afterwards."""
+    def init(self, module: Layer, adapter_name: str, **kwargs: object) -> None:
+        """Nothing: where PEFT makes an adapter anew under its name, T-LoRA is added afterwards."""
 
     def forward(
-        self, module: TLoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+        self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
     ) -> Tensor:
         """Add the masked update of `x`, (batch, ..., in) or (batch, in, ...), to `result`."""
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -55,7 +53,7 @@ class TLoraVariant(LoraVariant):
         gate = self._gate(module, active_adapter, hidden, hidden.dim() - 1)
         return result + nn.functional.linear(hidden * gate, up)
 
-    def delta_weight(self, module: TLoraLayer, adapter: str, rank: int | Tensor | None) -> Tensor:
+    def delta_weight(self, module: Layer, adapter: str, rank: int | Tensor | None) -> Tensor:
         """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
         down, up = self._factors(module, adapter)
         dtype = down.dtype
@@ -65,7 +63,7 @@ class TLoraVariant(LoraVariant):
         delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
         return transpose(delta, getattr(module, "fan_in_fan_out", False))
 
-    def context_rank(self, module: TLoraLayer) -> int | Tensor | None:
+    def context_rank(self, module: Layer) -> int | Tensor | None:
         """The one rank that a merged weight has; None if all are active.
 
         Raises:
@@ -83,20 +81,20 @@ class TLoraVariant(LoraVariant):
         rank = timestep.active_rank(self.schedule)
         return rank.flatten()[0] if isinstance(rank, Tensor) else rank
 
-    def merge_safe(self, module: TLoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight plus the update, whose rank this merge fixes."""
         return orig_weight + self._fix(module, active_adapter).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: TLoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> None:
         """Add the update, whose rank this merge fixes, to the base weight in place."""
         orig_weight.data += self._fix(module, active_adapter).to(orig_weight.dtype)
 
-    def unmerge(self, module: TLoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Take the update out again, at the rank that it was merged with."""
         delta = self.delta_weight(module, active_adapter, self.merged_rank)
         return orig_weight.data - delta.to(orig_weight.dtype)
 
-    def follow(self, module: TLoraLayer, schedule: RankSchedule) -> None:
+    def follow(self, module: Layer, schedule: RankSchedule) -> None:
         """Take over the schedule of a file, and warn if the config said otherwise."""
         if schedule != self.schedule and module.timestep_state is not None:
             module.timestep_state.warn_once(
@@ -106,7 +104,7 @@ class TLoraVariant(LoraVariant):
             )
         self.schedule = schedule
 
-    def _factors(self, module: TLoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    def _factors(self, module: Layer, adapter: str) -> tuple[Tensor, Tensor]:
         """Down- and up-projection, to be gated in between."""
         q, p = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         if adapter not in module.lora_lambda:
@@ -121,10 +119,8 @@ class TLoraVariant(LoraVariant):
             groups_of(module),
         )
 
-    def _mask(
-        self, module: TLoraLayer, adapter: str, rank: int | Tensor | None, like: Tensor
-    ) -> Tensor:
-        """The mask of shape (..., ranks) of the factors, in the dtype and on the device of `like`."""
+    def _mask(self, module: Layer, adapter: str, rank: int | Tensor | None, like: Tensor) -> Tensor:
+        """The mask of shape (..., ranks) of the factors, with the dtype and device of `like`."""
         r = module.r[adapter]
         if rank is None:
             mask = like.new_ones(r)
@@ -135,7 +131,7 @@ class TLoraVariant(LoraVariant):
             mask = pair(by_rank, by_rank, groups_of(module)).movedim(0, -1)
         return mask
 
-    def _gate(self, module: TLoraLayer, adapter: str, hidden: Tensor, channel: int) -> Tensor:
+    def _gate(self, module: Layer, adapter: str, hidden: Tensor, channel: int) -> Tensor:
         """Mask times scaling, broadcastable to `hidden` with its ranks in dimension `channel`."""
         rank = self._forward_rank(module, hidden, channel)
         gate = self._mask(module, adapter, rank, hidden) * module.scaling[adapter]
@@ -143,7 +139,7 @@ class TLoraVariant(LoraVariant):
         after = hidden.dim() - 1 - channel
         return gate.reshape(*gate.shape[:-1], *(1,) * before, gate.shape[-1], *(1,) * after)
 
-    def _forward_rank(self, module: TLoraLayer, hidden: Tensor, channel: int) -> int | Tensor | None:
+    def _forward_rank(self, module: Layer, hidden: Tensor, channel: int) -> int | Tensor | None:
         """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
         state = module.timestep_state
         timestep = None if state is None or self.schedule.kind == "constant" else state.current()
@@ -163,13 +159,14 @@ class TLoraVariant(LoraVariant):
         if timestep.is_uniform():
             return rank.flatten()[0]
         raise ValueError(
-            f"The T-LoRA layer {self.layer_name} can't tell which rows of its input belong to which "
-            f"of the {rank.shape[0]} samples with different timesteps: its first dimension is "
-            f"{rows}. Run it with one timestep for the whole batch, or leave the layer out with "
+            f"The T-LoRA layer {self.layer_name} can't tell which rows of its input belong to "
+            f"which of the {rank.shape[0]} samples with different timesteps: its first dimension "
+            f"is {rows}. Run it with one timestep for the whole batch, or leave the layer out with "
             "exclude_modules."
         )
 
-    def _fix(self, module: TLoraLayer, adapter: str) -> Tensor:
+    def _fix(self, module: Layer, adapter: str) -> Tensor:
+        self.merged_rank = self.context_rank(module)
         state = module.timestep_state
         if state is not None and state.denoiser is not None and self.schedule.kind != "constant":
             state.warn_once(
@@ -178,10 +175,9 @@ class TLoraVariant(LoraVariant):
                 "the timestep. The mask is that of the surrounding timestep_context, all ranks "
                 "without one.",
             )
-        self.merged_rank = self.context_rank(module)
         return self.delta_weight(module, adapter, self.merged_rank)
 
 
-def groups_of(module: TLoraLayer) -> int:
+def groups_of(module: Layer) -> int:
     """Groups of the base layer: 1 unless it is a grouped convolution."""
     return getattr(module.get_base_layer(), "groups", 1)

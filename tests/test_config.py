@@ -3,6 +3,7 @@ import pickle
 import peft
 import pytest
 from peft import LoraConfig
+
 from peft_tlora import TLoraConfig
 
 

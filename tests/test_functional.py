@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from peft_tlora.functional import align_ranks, delta_weight, fuse_factors, pair
 
 

@@ -5,8 +5,9 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Embedding
-from peft_tlora import TLoraConfig, timestep_context
 from torch import nn
+
+from peft_tlora import TLoraConfig, timestep_context
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 

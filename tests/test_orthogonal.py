@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+
 from peft_tlora.orthogonal import ORTHO_INITS, random_triplets, weight_triplets
 
 DRAWS = 1000

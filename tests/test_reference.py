@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from peft_tlora import TLoraConfig, timestep_context
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from peft_tlora import TLoraConfig, timestep_context
 
 from .conftest import perturb
 

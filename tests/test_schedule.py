@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from peft_tlora import active_rank
 from peft_tlora.schedule import RankSchedule, decode_schedule, encode_schedule, rank_mask
 

@@ -1,0 +1,25 @@
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= demo-output
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/python examples/demo.py --output "$(OUTPUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/%.done: pyproject.toml constraints-cpu.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) "$(OUTPUT)"

@@ -1,0 +1,365 @@
+"""T-LoRA through PEFT's own interface: several adapters, save and load, merge, disable, delete."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from torch import nn
+
+from peft_tlora import TLoraConfig, timestep_context
+from peft_tlora.checkpoint import config_from_state_dict
+
+from .conftest import TinyDenoiser, perturb, tiny_unet
+
+X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(6))
+TIMES = [torch.tensor(t) for t in range(0, 1001, 100)] + [torch.tensor([950, 20])]
+TARGETS = ["to_q", "to_out"]
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2"]
+
+
+def base_model():
+    torch.manual_seed(0)
+    return TinyDenoiser().eval()
+
+
+def adapted(adapter_name="default", **kwargs):
+    config = TLoraConfig(**{"r": 4, "min_rank": 1, "target_modules": TARGETS, **kwargs})
+    model = get_peft_model(base_model(), config, adapter_name=adapter_name)
+    perturb(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model, times=TIMES):
+    return [model(X, t) for t in times]
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_close(one, other, **tolerance):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# ------------------------------------------------------------------------------- save and load
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("ortho", ["last", None])
+def test_after_reload_the_outputs_are_equal_to_the_bit_at_every_timestep(
+    tmp_path, ortho, low_cpu_mem_usage
+):
+    model = adapted(
+        ortho_init=ortho, lora_alpha=3, rank_pattern={"to_q": 6}, rank_schedule="cosine"
+    )
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        base_model(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
+    assert_same(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_bf16_process_reloads_to_the_bit(tmp_path, low_cpu_mem_usage):
+    def run(unet):
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(2, 4, 8, 8, generator=generator).bfloat16()
+        e = torch.randn(2, 3, 16, generator=generator).bfloat16()
+        with torch.no_grad():
+            return [unet(x, t, e).sample for t in TIMES]
+
+    model = get_peft_model(
+        tiny_unet().bfloat16(), TLoraConfig(r=4, min_rank=1, target_modules=UNET_TARGETS)
+    )
+    perturb(model, 0.05)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny_unet().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    dtypes = {p.dtype for n, p in loaded.named_parameters() if "lora_" in n}
+    assert dtypes == {torch.float32}
+    assert_same(run(loaded), run(model))
+
+
+def test_diffusers_save_and_load_of_an_injected_adapter():
+    unet = tiny_unet()
+    unet.add_adapter(TLoraConfig(r=4, min_rank=1, target_modules=UNET_TARGETS))
+    perturb(unet)
+    weights = get_peft_model_state_dict(unet)
+    other = tiny_unet()
+    inject_adapter_in_model(
+        TLoraConfig(r=4, min_rank=1, target_modules=UNET_TARGETS), other, adapter_name="mine"
+    )
+    result = set_peft_model_state_dict(other, weights, adapter_name="mine")
+    assert not result.unexpected_keys
+    x, e = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        for t in TIMES:
+            assert torch.equal(other(x, t, e).sample, unet(x, t, e).sample)
+
+
+def test_the_names_in_a_file_keep_loras_and_have_its_prefix():
+    weights = get_peft_model_state_dict(adapted())
+    names = {name.removeprefix("base_model.model.to_q.") for name in weights if "to_q" in name}
+    assert names == {
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_lambda",
+        "lora_A_init",
+        "lora_B_init",
+        "lora_lambda_init",
+        "lora_schedule",
+    }
+    vanilla = get_peft_model_state_dict(adapted(ortho_init=None))
+    names = {name.removeprefix("base_model.model.to_q.") for name in vanilla if "to_q" in name}
+    assert names == {"lora_A.weight", "lora_B.weight", "lora_schedule"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_rank": 0.25},
+        {"min_rank": 2, "rank_schedule": "cosine", "schedule_exponent": 1 / 3},
+        {"num_train_timesteps": 1.0, "timestep_reversed": True},
+        {"rank_schedule": "constant"},
+        {"ortho_init": None},
+        {"rank_pattern": {"to_q": 6}, "alpha_pattern": {"to_out": 5}, "use_rslora": True},
+    ],
+)
+def test_the_weights_alone_tell_the_configuration(fields):
+    model = adapted(**fields)
+    weights = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in get_peft_model_state_dict(model).items()
+    }
+    config = config_from_state_dict(weights)
+    for name, value in fields.items():
+        if "pattern" not in name:
+            assert getattr(config, name) == value, name
+    other = inject_adapter_in_model(config, base_model(), adapter_name="default")
+    set_peft_model_state_dict(other, weights)
+    assert_same(outputs(other.eval()), outputs(model))
+
+
+def test_the_table_of_denoisers_ends_up_in_the_file():
+    model = get_peft_model(base_model(), TLoraConfig(r=4, target_modules=TARGETS))
+    config = config_from_state_dict(get_peft_model_state_dict(model))
+    assert (config.num_train_timesteps, config.timestep_reversed) == (1000.0, False)
+
+
+def test_weights_without_an_adapter_raise():
+    with pytest.raises(ValueError, match="holds no T-LoRA adapter"):
+        config_from_state_dict({"to_q.lora_A.weight": torch.zeros(2, 2)})
+
+
+def test_the_weights_schedule_wins_over_a_config_that_was_typed_differently():
+    model = adapted(min_rank=1)
+    weights = get_peft_model_state_dict(model)
+    other = get_peft_model(base_model(), TLoraConfig(r=4, min_rank=3, target_modules=TARGETS))
+    with pytest.warns(UserWarning, match="The weights' own schedule is used") as caught:
+        set_peft_model_state_dict(other, weights)
+    assert len(caught) == 1
+    assert_same(outputs(other.eval()), outputs(model))
+
+
+def test_training_goes_on_after_a_reload(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
+    for each in (model, loaded):
+        each.train()
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        for t in (100, 900, 500):
+            optimizer.zero_grad()
+            each(X, torch.tensor(t)).square().sum().backward()
+            optimizer.step()
+    assert_same(outputs(loaded), outputs(model))
+
+
+# ---------------------------------------------------------------------------- several adapters
+
+
+def test_adapters_with_different_schedules_act_together():
+    one = adapted("one", min_rank=1)
+    two_config = TLoraConfig(
+        r=6, min_rank=5, target_modules=["to_q"], rank_schedule="cosine", ortho_init=None
+    )
+    together = copy.deepcopy(one)
+    together.add_adapter("two", two_config)
+    for parameter in together.base_model.model.to_q.lora_B["two"].parameters():
+        parameter.data += 0.1
+    together.set_adapter("two")
+    only_two = outputs(together)
+    together.set_adapter("one")
+    assert_same(outputs(together), outputs(one))
+    together.base_model.set_adapter(["one", "two"])
+    layer = together.base_model.model.to_q
+    for t in (torch.tensor(1000), torch.tensor(0)):
+        with timestep_context(together, t), torch.no_grad():
+            expected = layer.base_layer(X) + sum(
+                nn.functional.linear(X, layer.get_delta_weight(name)) for name in ("one", "two")
+            )
+            torch.testing.assert_close(layer(X), expected, atol=1e-5, rtol=1e-5)
+    assert not all(torch.equal(a, b) for a, b in zip(only_two, outputs(together), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("first", ["lora", "tlora"])
+def test_plain_lora_beside_t_lora_in_either_order(first):
+    """Plain LoRA first: PEFT puts the second adapter into the plain layer that is already there."""
+    torch.manual_seed(0)
+    configs = {
+        "lora": LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False),
+        "tlora": TLoraConfig(r=4, min_rank=1, target_modules=TARGETS, init_lora_weights=False),
+    }
+    names = [first, *(name for name in configs if name != first)]
+    denoiser = base_model()
+    for name in names:
+        inject_adapter_in_model(configs[name], denoiser, adapter_name=name)
+    denoiser.to_q.set_adapter(["lora", "tlora"])
+    with torch.no_grad():
+        for t, rank in ((1000, 1), (0, 4)):
+            with timestep_context(denoiser, t):
+                layer = denoiser.to_q
+                plain = layer.lora_B["lora"](layer.lora_A["lora"](X)) * layer.scaling["lora"]
+                masked = nn.functional.linear(X, layer.get_delta_weight("tlora"))
+                expected = layer.base_layer(X) + plain + masked
+                torch.testing.assert_close(layer(X), expected, atol=1e-5, rtol=1e-5)
+                mask = layer.lora_variant["tlora"].context_rank(layer)
+                assert mask == rank
+
+
+def test_disable_and_delete_adapters():
+    model = adapted("one")
+    model.add_adapter("two", TLoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    base = outputs(base_model())
+    with model.disable_adapter():
+        assert_same(outputs(model), base)
+    one = outputs(model)
+    model.delete_adapter("two")
+    assert not [name for name in model.state_dict() if ".two" in name]
+    assert_same(outputs(model), one)
+    assert "two" not in model.base_model.model.to_q.lora_variant
+
+
+def test_the_active_adapter_alone_is_trainable():
+    model = adapted("one")
+    model.add_adapter("two", TLoraConfig(r=2, target_modules=TARGETS))
+    for active in ("two", "one"):
+        model.set_adapter(active)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trainable
+        assert all(f".{active}" in name for name in trainable)
+        assert any("lora_lambda" in name for name in trainable)
+
+
+def test_inference_mode_trains_nothing():
+    model = get_peft_model(
+        base_model(), TLoraConfig(r=4, target_modules=TARGETS, inference_mode=True)
+    )
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_modules_to_save_and_bias_are_kept(tmp_path):
+    config = TLoraConfig(r=4, target_modules=["to_q"], modules_to_save=["to_out"], bias="lora_only")
+    model = get_peft_model(base_model(), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
+    assert_same(outputs(loaded.eval()), outputs(model.eval()))
+
+
+def test_weighted_adapters_are_refused():
+    with pytest.raises(ValueError, match="add_weighted_adapter is not supported with T-LoRA"):
+        adapted("one").add_weighted_adapter(["one"], [1.0], "two")
+
+
+# --------------------------------------------------------------------------------------- merge
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("t", [None, 1000, 300])
+def test_merging_fixes_the_mask_of_the_context_and_warns_once(t, safe_merge):
+    model = adapted()
+    with torch.no_grad():
+        expected = model(X, torch.tensor(0 if t is None else t))
+        delta_at_zero = model(X, torch.tensor(0))
+    context = nullcontext() if t is None else timestep_context(model, t)
+    with context, pytest.warns(UserWarning, match="adapter fixes its mask") as caught:
+        model.merge_adapter(safe_merge=safe_merge)
+    assert len(caught) == 1
+    # the merged weights are those of one timestep, whatever the model is called with
+    weight = model.base_model.model.to_q.get_base_layer().weight.clone()
+    model.unmerge_adapter()
+    assert not torch.equal(weight, model.base_model.model.to_q.get_base_layer().weight)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X, torch.tensor(0)), delta_at_zero, atol=1e-5, rtol=1e-5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with timestep_context(model, 0 if t is None else t):
+                model.merge_adapter(safe_merge=safe_merge)
+        merged = model(X, torch.tensor(0 if t is None else t))
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_unmerging_outside_of_the_context_restores_the_base_weight():
+    model = adapted()
+    before = model.base_model.model.to_q.get_base_layer().weight.clone()
+    with pytest.warns(UserWarning, match="fixes its mask"), timestep_context(model, 1000):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    after = model.base_model.model.to_q.get_base_layer().weight
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_merge_and_unload_returns_the_plain_model():
+    model = adapted()
+    expected = outputs(model, [torch.tensor(1000)])
+    with pytest.warns(UserWarning, match="fixes its mask"), timestep_context(model, 1000):
+        merged = model.merge_and_unload()
+    assert type(merged.to_q) is nn.Linear
+    assert_close(outputs(merged, [torch.tensor(1000)]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_a_model_without_time_does_not_warn():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model = get_peft_model(model, TLoraConfig(r=4, target_modules=["0"]))
+    perturb(model)
+    expected = model(X)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_several_timesteps_at_once_raises():
+    model = adapted()
+    context = timestep_context(model, torch.tensor([0, 1000]))
+    with context, pytest.raises(ValueError, match="one mask for all samples"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("t", [1000, 400])
+def test_convolutions_merge(t):
+    unet = tiny_unet()
+    unet = get_peft_model(unet, TLoraConfig(r=4, min_rank=1, target_modules=UNET_TARGETS))
+    perturb(unet)
+    x, e = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        expected = unet(x, torch.tensor(t), e).sample
+        with pytest.warns(UserWarning, match="fixes its mask"), timestep_context(unet, t):
+            merged = unet.merge_and_unload()
+        found = merged(x, torch.tensor(t), e).sample
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
