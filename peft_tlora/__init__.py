@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from ._registration import register
 from .config import TLoraConfig
+from .integrations import diffusers
 from .model import TLoraModel
 from .schedule import active_rank
 from .timestep import timestep_context
@@ -12,3 +13,4 @@ __version__ = version("peft_tlora")
 __all__ = ["TLoraConfig", "TLoraModel", "__version__", "active_rank", "timestep_context"]
 
 register(TLoraConfig, TLoraModel)
+diffusers.install()

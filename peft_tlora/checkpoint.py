@@ -13,6 +13,11 @@ _SCHEDULE = ".lora_schedule"
 Number = TypeVar("Number", int, float)
 
 
+def is_tlora(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether weights are those of a T-LoRA adapter."""
+    return any(key.endswith(_SCHEDULE) for key in state_dict)
+
+
 def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
     """Rebuild the configuration of an adapter from its weights.
 

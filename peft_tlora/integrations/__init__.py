@@ -1,0 +1,1 @@
+"""One module a host library, each the sole contact with that host's private parts."""

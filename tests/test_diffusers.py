@@ -1,0 +1,148 @@
+"""T-LoRA through diffusers' own save and load functions."""
+
+import sys
+
+import pytest
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers, peft_utils
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from peft_tlora import TLoraConfig
+from peft_tlora.integrations import diffusers as integration
+
+from .conftest import perturb, tiny_unet
+
+TIMES = [torch.tensor(t) for t in (0, 300, 700, 999)]
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+class Pipeline(StableDiffusionLoraLoaderMixin):
+    """Just what the loader asks of a pipeline."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.unet = tiny_unet()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=20,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=8,
+            )
+        ).eval()
+        self.components = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.hf_device_map = None
+
+    @torch.no_grad()
+    def outputs(self):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, 8, 8, generator=generator)
+        states = self.text_encoder(torch.arange(10).view(2, 5)).last_hidden_state
+        return [self.unet(x, t, states).sample for t in TIMES]
+
+
+def adapted(config_cls=TLoraConfig, **kwargs):
+    pipeline = Pipeline()
+    pipeline.unet.add_adapter(config_cls(r=4, lora_alpha=2, target_modules=UNET_TARGETS, **kwargs))
+    pipeline.text_encoder.add_adapter(
+        config_cls(r=2, lora_alpha=4, target_modules=TEXT_TARGETS, **kwargs)
+    )
+    perturb(pipeline.unet)
+    perturb(pipeline.text_encoder)
+    return pipeline
+
+
+def save(pipeline, folder, metadata):
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    layers = {
+        f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+        for name, part in parts.items()
+    }
+    extra = _collate_lora_metadata(parts) if metadata else {}
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers, **extra)
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "weights alone"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"min_rank": 1, "rank_schedule": "cosine"}, {"ortho_init": None}]
+)
+def test_load_lora_weights_generates_with_the_masks_on(tmp_path, fields, metadata):
+    trained = adapted(**fields)
+    save(trained, tmp_path, metadata)
+    loaded = Pipeline()
+    loaded.load_lora_weights(str(tmp_path), adapter_name="toy")
+    assert_same(loaded.outputs(), trained.outputs())
+    assert type(loaded.unet.peft_config["toy"]) is TLoraConfig
+    assert type(loaded.text_encoder.peft_config["toy"]) is TLoraConfig
+
+
+def test_a_state_dict_loads_as_its_file(tmp_path):
+    trained = adapted()
+    save(trained, tmp_path, metadata=False)
+    weights = StableDiffusionLoraLoaderMixin.lora_state_dict(str(tmp_path))[0]
+    loaded = Pipeline()
+    loaded.load_lora_weights(weights)
+    assert_same(loaded.outputs(), trained.outputs())
+
+
+def test_save_and_load_lora_adapter_of_a_model(tmp_path):
+    trained = adapted()
+    trained.unet.save_lora_adapter(tmp_path)
+    loaded = tiny_unet()
+    loaded.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    x, e = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        for t in TIMES:
+            assert torch.equal(loaded(x, t, e).sample, trained.unet(x, t, e).sample)
+
+
+@pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "weights alone"])
+def test_plain_lora_loads_as_before(tmp_path, metadata):
+    save(adapted(LoraConfig), tmp_path, metadata)
+    results = []
+    for wrapped in (True, False):
+        integration.install() if wrapped else integration.uninstall()
+        pipeline = Pipeline()
+        pipeline.load_lora_weights(str(tmp_path))
+        assert type(pipeline.unet.peft_config["default_0"]) is LoraConfig
+        results.append(pipeline.outputs())
+    integration.install()
+    assert_same(*results)
+
+
+def test_installing_is_idempotent_and_reversible():
+    users = [sys.modules[name] for name in integration._USERS]
+    wrapped = peft_utils._create_lora_config
+    integration.install()
+    assert peft_utils._create_lora_config is wrapped
+    integration.uninstall()
+    for module in (peft_utils, *users):
+        assert module._create_lora_config is wrapped.__wrapped__
+    integration.install()
+    for module in (peft_utils, *users):
+        assert module._create_lora_config is peft_utils._create_lora_config
+        assert hasattr(module._create_lora_config, "__wrapped__")
+
+
+def test_an_unknown_diffusers_warns_and_is_left_alone(monkeypatch):
+    def other(something, entirely):
+        pass
+
+    integration.uninstall()
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_utils, "_create_lora_config", other)
+        with pytest.warns(UserWarning, match=r"load them with peft\.PeftModel\.from_pretrained"):
+            integration.install()
+        assert peft_utils._create_lora_config is other
+    integration.install()

@@ -1,0 +1,56 @@
+"""The documentation runs, and it names what is exported."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import peft_tlora
+from peft_tlora.denoisers import DENOISERS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_of_the_documentation_runs(block, tmp_path, monkeypatch):
+    for folder in ("examples", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_public_name_is_documented():
+    api = (ROOT / "docs" / "api.md").read_text()
+    for name in peft_tlora.__all__:
+        assert f"`{name}" in api, name
+
+
+def test_every_known_denoiser_is_documented_as_it_is():
+    page = (ROOT / "docs" / "timestep.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| `(\w+)` \| (\d+) \| (\d+) \|$", page, re.M)
+    assert {
+        name: (argument, float(noisy), float(clean)) for name, argument, noisy, clean in rows
+    } == {
+        name: (
+            denoiser.argument,
+            0.0 if denoiser.timestep_reversed else denoiser.num_train_timesteps,
+            denoiser.num_train_timesteps if denoiser.timestep_reversed else 0.0,
+        )
+        for name, denoiser in DENOISERS.items()
+    }
+
+
+def test_the_changelog_knows_the_version():
+    assert f"## {peft_tlora.__version__}" in (ROOT / "CHANGELOG.md").read_text()
