@@ -1,6 +1,5 @@
 """Which modules are denoisers, how each takes its timestep, and the hook that reads it."""
 
-import functools
 import inspect
 from dataclasses import dataclass
 
@@ -29,7 +28,8 @@ class Denoiser:
     repacked: tuple[str, ...] = ()
 
 
-# by class name, subclasses included; anything that isn't here counts as unknown
+# by class name, subclasses included; anything that isn't here counts as unknown, and a user may add
+# a class of their own before making an adapter
 DENOISERS: dict[str, Denoiser] = {
     "FluxTransformer2DModel": Denoiser(num_train_timesteps=1.0),
     "Lumina2Transformer2DModel": Denoiser(num_train_timesteps=1.0, timestep_reversed=True),
@@ -50,7 +50,6 @@ _GENERIC_ARGUMENTS = ("timestep", "timesteps", "t")
 _NOISE_WORDS = ("time", "sigma", "noise")
 
 
-@functools.cache
 def describe(cls: type[nn.Module]) -> Denoiser | None:
     """How a class of modules takes its timestep, None if it takes none.
 

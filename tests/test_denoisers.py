@@ -272,6 +272,24 @@ def test_an_unknown_class_counts_to_1000_and_a_subclass_as_its_parent(denoiser):
     assert describe(OwnFlux) == DENOISERS["FluxTransformer2DModel"]
 
 
+def test_a_user_can_tell_how_a_class_takes_its_timestep(monkeypatch):
+    class Sigma(TinyDenoiser):
+        def forward(self, x, sigma_fraction):
+            return super().forward(x, sigma_fraction)
+
+    model = Sigma()
+    assert describe(Sigma) is None
+    monkeypatch.setitem(DENOISERS, "Sigma", Denoiser("sigma_fraction", 1.0))
+    model = get_peft_model(model, TLoraConfig(r=4, min_rank=1, target_modules=["to_q"]))
+    perturb(model)
+
+    def call(model, t):
+        return model(torch.randn(B, 3, 8), t)
+
+    assert set(active_ranks(model, call, torch.ones(B)).values()) == {1}
+    assert set(active_ranks(model, call, torch.zeros(B)).values()) == {4}
+
+
 def test_inner_blocks_and_models_of_another_time_are_no_denoisers():
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from transformers import DecisionTransformerModel

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import peft_tlora
+from peft_tlora import denoisers
 from peft_tlora.denoisers import DENOISERS
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ def test_a_block_of_the_documentation_runs(block, tmp_path, monkeypatch):
     for folder in ("examples", "docs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(denoisers, "DENOISERS", dict(DENOISERS))
     exec(block, {})
 
 
