@@ -1,0 +1,5 @@
+"""`python -m peft_tlora`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""Run an unedited LoRA script with T-LoRA: its adapters are exchanged where PEFT makes them."""
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from .config import TLoraConfig
+from .denoisers import find_denoiser
+from .model import TLoraModel
+from .timestep import HasTimestepState
+
+
+class NoAdapterError(RuntimeError):
+    """The script ended without having made a LoRA adapter that could become T-LoRA."""
+
+
+def run_script(
+    script: str | Path,
+    arguments: Sequence[str] = (),
+    *,
+    text_encoders: bool = False,
+    **options: Any,
+) -> int:
+    """Run a Python script as `__main__` with T-LoRA in the place of LoRA.
+
+    Each new LoRA adapter of a denoiser becomes a T-LoRA adapter, and a line says so. Adapters that
+    the script loads from a file stay what they are.
+
+    Args:
+        script: Path of the script.
+        arguments: Its arguments, untouched.
+        text_encoders: Whether adapters of models without a timestep become T-LoRA, too.
+        **options: Fields of `TLoraConfig` beyond those of `LoraConfig`.
+
+    Returns:
+        The number of adapters exchanged.
+
+    Raises:
+        NoAdapterError: If the script never made an adapter that could be exchanged.
+    """
+    made: list[str] = []
+    with _exchanged(made, text_encoders, options), _as_main(script, arguments):
+        runpy.run_path(str(script), run_name="__main__")
+    if not made:
+        raise NoAdapterError(
+            f"{script} made no LoRA adapter for a denoiser, so nothing was trained with T-LoRA. "
+            "The script must build a peft.LoraConfig and add it to a model that takes a timestep."
+        )
+    return len(made)
+
+
+@contextmanager
+def _exchanged(made: list[str], text_encoders: bool, options: dict[str, Any]) -> Iterator[None]:
+    """Let PEFT make T-LoRA's tuner where LoRA's is asked for a new adapter."""
+
+    class Exchange(LoraModel):
+        def __new__(
+            cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        ):
+            one = config[adapter_name] if isinstance(config, dict) else config
+            loading = kwargs.get("state_dict") is not None or kwargs.get("low_cpu_mem_usage")
+            if loading or type(one) is not LoraConfig or not (text_encoders or _is_denoiser(model)):
+                return LoraModel(model, config, adapter_name, *args, **kwargs)
+            new = convert(one, **options)
+            tuner = TLoraModel(model, {adapter_name: new}, adapter_name, *args, **kwargs)
+            made.append(adapter_name)
+            _report(model, adapter_name, new)
+            return tuner
+
+    previous = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Exchange
+    try:
+        yield
+    finally:
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = previous
+
+
+def convert(config: LoraConfig, **options: Any) -> TLoraConfig:
+    """The T-LoRA configuration with the fields of a LoRA configuration.
+
+    Raises:
+        ValueError: If it uses an option of LoRA that T-LoRA doesn't support.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    fields.pop("peft_type")
+    return TLoraConfig(**fields, **options)
+
+
+def _is_denoiser(model: nn.Module) -> bool:
+    return any(find_denoiser(model, name) is not None for name, _ in model.named_modules() if name)
+
+
+def _report(model: nn.Module, adapter_name: str, config: TLoraConfig) -> None:
+    layers = sum(1 for module in model.modules() if isinstance(module, HasTimestepState))
+    print(
+        f"peft_tlora: adapter '{adapter_name}' of {type(model).__name__} is T-LoRA in {layers} "
+        f"layers (r={config.r}, min_rank={config.min_rank}, {config.rank_schedule} schedule, "
+        f"ortho_init={config.ortho_init})",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextmanager
+def _as_main(script: str | Path, arguments: Sequence[str]) -> Iterator[None]:
+    """The interpreter's state as `python script arguments` would have it."""
+    argv, path = sys.argv[:], sys.path[:]
+    sys.argv[:] = [str(script), *arguments]
+    sys.path[0] = str(Path(script).resolve().parent)
+    try:
+        yield
+    finally:
+        sys.argv[:], sys.path[:] = argv, path
