@@ -1,0 +1,1 @@
+"""Toybox: a tiny text-to-image model and the rendered scenes it learned from."""
