@@ -1,20 +1,14 @@
 """The toybox: scenes, the attribute checker and the exported model."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from toybox import check, gate, scenes  # noqa: E402
+from toybox import check, gate, scenes
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +69,7 @@ def test_checker_finds_no_object_in_noise_or_on_an_empty_background():
 
 
 def test_concept_picture_is_the_rendered_one():
-    stored = Image.open(EXAMPLES / "toybox" / "concept.png").convert("RGB")
+    stored = Image.open(gate.MODEL.parent / "concept.png").convert("RGB")
     assert stored.tobytes() == scenes.concept().tobytes()
 
 

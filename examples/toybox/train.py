@@ -24,10 +24,7 @@ CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.998
 WARMUP = 250  # steps in which the captions are learned: whole ones, in little but noise
 LAYOUT = 800  # steps until the layout is learned, which the high noise levels decide
-LAYOUT_BIAS, DETAIL_BIAS = (
-    0.6,
-    1.3,
-)  # exponents of the noise level before and after: less is noisier
+LAYOUT_BIAS, DETAIL_BIAS = 0.6, 1.0  # exponents of the noise level before and after
 FULL_CAPTIONS = 0.6  # share of whole captions beyond those that happen to be drawn
 
 
