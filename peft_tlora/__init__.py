@@ -5,12 +5,20 @@ from importlib.metadata import version
 from ._registration import register
 from .config import TLoraConfig
 from .integrations import diffusers
+from .integrations.diffusers import load_tlora_weights
 from .model import TLoraModel
 from .schedule import active_rank
 from .timestep import timestep_context
 
 __version__ = version("peft_tlora")
-__all__ = ["TLoraConfig", "TLoraModel", "__version__", "active_rank", "timestep_context"]
+__all__ = [
+    "TLoraConfig",
+    "TLoraModel",
+    "__version__",
+    "active_rank",
+    "load_tlora_weights",
+    "timestep_context",
+]
 
 register(TLoraConfig, TLoraModel)
 diffusers.install()

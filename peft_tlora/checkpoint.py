@@ -9,13 +9,13 @@ from torch import Tensor
 from .config import TLoraConfig
 from .schedule import decode_schedule
 
-_SCHEDULE = ".lora_schedule"
+SCHEDULE = ".lora_schedule"
 Number = TypeVar("Number", int, float)
 
 
 def is_tlora(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether weights are those of a T-LoRA adapter."""
-    return any(key.endswith(_SCHEDULE) for key in state_dict)
+    return any(key.endswith(SCHEDULE) for key in state_dict)
 
 
 def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
@@ -35,15 +35,15 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
     Raises:
         ValueError: If it holds no T-LoRA adapter, or its layers differ in more than rank and alpha.
     """
-    layers = [key.removesuffix(_SCHEDULE) for key in state_dict if key.endswith(_SCHEDULE)]
+    layers = [key.removesuffix(SCHEDULE) for key in state_dict if key.endswith(SCHEDULE)]
     if not layers:
         raise ValueError(
             "The state dict holds no T-LoRA adapter: none of its "
-            f"{len(state_dict)} tensors is named '*{_SCHEDULE}'."
+            f"{len(state_dict)} tensors is named '*{SCHEDULE}'."
         )
     ranks = {layer: state_dict[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
     decoded = {
-        layer: decode_schedule(state_dict[layer + _SCHEDULE], ranks[layer]) for layer in layers
+        layer: decode_schedule(state_dict[layer + SCHEDULE], ranks[layer]) for layer in layers
     }
     alphas = {layer: decoded[layer][1] for layer in layers}
     shared = {
@@ -53,6 +53,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
             schedule.exponent,
             schedule.num_train_timesteps,
             schedule.timestep_reversed,
+            schedule.timestep_type,
             use_rslora,
         )
         for schedule, _, use_rslora in decoded.values()
@@ -75,8 +76,15 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         min_rank=schedule.min_rank,
         rank_schedule=schedule.kind,
         schedule_exponent=schedule.exponent,
-        num_train_timesteps=schedule.num_train_timesteps,
-        timestep_reversed=schedule.timestep_reversed,
+        timestep_type=schedule.timestep_type,
+        **(
+            {
+                "num_train_timesteps": schedule.num_train_timesteps,
+                "timestep_reversed": schedule.timestep_reversed,
+            }
+            if schedule.timestep_type == "linear"
+            else {}
+        ),
         ortho_init="last" if ortho else None,
     )
 

@@ -8,8 +8,10 @@ from peft import LoraConfig, PeftType
 from .orthogonal import ORTHO_INITS, ORTHO_SOURCES, OrthoInit, OrthoSource
 from .schedule import (
     RANK_SCHEDULES,
+    TIMESTEP_TYPES,
     RankSchedule,
     RankScheduleKind,
+    TimestepType,
     check_choice,
     check_min_rank,
     check_positive,
@@ -62,6 +64,10 @@ class TLoraConfig(LoraConfig):
             forward. None takes it from the denoiser's class, 1000 for an unknown class.
         timestep_reversed: Whether 0 is pure noise and `num_train_timesteps` is clean. None takes it
             from the denoiser's class, False for an unknown class.
+        timestep_type: "linear" for time that runs from 0 to `num_train_timesteps`, "log_sigma" for
+            0.25 ln(sigma), as EDM's schedulers have it. None takes it from the denoiser's class.
+            For UNet2DConditionModel, where the scheduler decides, the values tell then, unless
+            `num_train_timesteps` or `timestep_reversed` is given.
         init_seed: Makes the initialisation a function of the seed and each layer's name and shape,
             on any device and in any order of layers. None draws a seed from torch's generator.
 
@@ -89,6 +95,9 @@ class TLoraConfig(LoraConfig):
     timestep_reversed: bool | None = field(
         default=None, metadata={"help": "Whether timestep 0 is pure noise; None asks the model."}
     )
+    timestep_type: TimestepType | None = field(
+        default=None, metadata={"help": "Linear time or 0.25 ln(sigma); None asks the model."}
+    )
     init_seed: int | None = field(
         default=None, metadata={"help": "Seed of the initialisation, whatever the device."}
     )
@@ -101,8 +110,16 @@ class TLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.TLORA  # pyright: ignore[reportAttributeAccessIssue]
 
-    def schedule(self, r: int, num_train_timesteps: float, timestep_reversed: bool) -> RankSchedule:
+    def schedule(
+        self,
+        r: int,
+        num_train_timesteps: float,
+        timestep_reversed: bool,
+        timestep_type: TimestepType | None,
+    ) -> RankSchedule:
         """The schedule of a layer of rank r; the arguments stand in for fields that are None."""
+        if self.num_train_timesteps is not None or self.timestep_reversed is not None:
+            timestep_type = "linear"
         if self.num_train_timesteps is not None:
             num_train_timesteps = self.num_train_timesteps
         if self.timestep_reversed is not None:
@@ -114,6 +131,7 @@ class TLoraConfig(LoraConfig):
             exponent=float(self.schedule_exponent),
             num_train_timesteps=float(num_train_timesteps),
             timestep_reversed=timestep_reversed,
+            timestep_type=self.timestep_type or timestep_type,
         )
 
     def _check_lora_options(self) -> None:
@@ -163,6 +181,15 @@ class TLoraConfig(LoraConfig):
             raise TypeError(
                 f"timestep_reversed must be a bool or None, got {self.timestep_reversed!r}."
             )
+        if self.timestep_type is not None:
+            check_choice(self.timestep_type, TIMESTEP_TYPES, "timestep_type (if not None)")
+        if self.timestep_type == "log_sigma":
+            for name in ("num_train_timesteps", "timestep_reversed"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no effect with "
+                        "timestep_type='log_sigma', whose values are 0.25 ln(sigma); leave it None."
+                    )
 
     def _check_initialisation(self) -> None:
         if self.ortho_init is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .config import TLoraConfig
+from .denoisers import Layout
 from .orthogonal import OrthoInit, random_triplets, weight_triplets
 from .schedule import RankSchedule, decode_schedule, encode_schedule
 from .timestep import TimestepState
@@ -117,7 +118,7 @@ def add_tlora(
     schedule: RankSchedule,
     *,
     seed: int,
-    repacked: bool,
+    layout: Layout,
 ) -> None:
     """Turn a new plain LoRA adapter of a layer into a T-LoRA adapter.
 
@@ -128,14 +129,14 @@ def add_tlora(
         layer_name: Name of the layer in the model.
         schedule: The layer's rank schedule.
         seed: Base seed of the orthogonal initialisation.
-        repacked: See `TLoraVariant`.
+        layout: See `Denoiser.layout`.
     """
     lora_A = layer.lora_A[adapter_name]
     if isinstance(lora_A, _ConvNd):
         _match_convolution(lora_A, layer.get_base_layer())
     if config.ortho_init is not None:
         _initialise(layer, adapter_name, config, config.ortho_init, layer_name, seed)
-    layer.lora_variant[adapter_name] = TLoraVariant(layer_name, schedule, repacked)
+    layer.lora_variant[adapter_name] = TLoraVariant(layer_name, schedule, layout)
     encoded = encode_schedule(
         schedule, layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name]
     )

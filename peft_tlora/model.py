@@ -11,7 +11,9 @@ from peft.tuners.lora.layer import Embedding
 from torch import nn
 
 from .config import TLoraConfig
-from .denoisers import Denoiser, connect, disconnect, find_denoiser
+from .denoisers import Denoiser, find_denoiser
+from .hooks import connect, disconnect
+from .integrations.diffusers import refuse_hotswap_preparation
 from .layer import add_tlora, as_tlora_layer
 from .orthogonal import derive_seed
 
@@ -35,6 +37,7 @@ class TLoraModel(LoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Add an adapter to a model and connect its layers with the model's timestep."""
+        refuse_hotswap_preparation(model)
         config = self.peft_config[adapter_name]
         seed = getattr(config, "init_seed", None)
         self._base_seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -88,9 +91,11 @@ class TLoraModel(LoraModel):
             adapter_name,
             lora_config,
             current_key,
-            lora_config.schedule(r, denoiser.num_train_timesteps, denoiser.timestep_reversed),
+            lora_config.schedule(
+                r, denoiser.num_train_timesteps, denoiser.timestep_reversed, denoiser.timestep_type
+            ),
             seed=self._base_seed,
-            repacked=any(name in current_key.split(".") for name in denoiser.repacked),
+            layout=denoiser.layout(current_key),
         )
         lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         if lora_config.ortho_init is not None and r > min(lora_A[0].numel(), len(lora_B)):

@@ -10,8 +10,12 @@ from torch import Tensor
 
 RankScheduleKind = Literal["power", "cosine", "constant"]
 RANK_SCHEDULES: tuple[str, ...] = get_args(RankScheduleKind)
+TimestepType = Literal["linear", "log_sigma"]
+TIMESTEP_TYPES: tuple[str, ...] = get_args(TimestepType)
 
 _ENCODING_VERSION = 1
+_ENCODING_LENGTH = 10
+_LOG_SIGMA_RANGE = (-4.0, 4.0)  # sigma from 1e-7 to 9e6
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class RankSchedule:
         exponent: The paper's alpha.
         num_train_timesteps: The timestep T that means pure noise (or clean, if reversed).
         timestep_reversed: Whether the model counts time from noise (0) to clean (T).
+        timestep_type: "linear" for time that runs from 0 to T, "log_sigma" for 0.25 ln(sigma); None
+            for linear time whose values may turn out to be 0.25 ln(sigma).
     """
 
     r: int
@@ -33,6 +39,7 @@ class RankSchedule:
     exponent: float = 1.0
     num_train_timesteps: float = 1000.0
     timestep_reversed: bool = False
+    timestep_type: TimestepType | None = "linear"
 
     @property
     def r_min(self) -> int:
@@ -51,13 +58,28 @@ class RankSchedule:
             return self._active_rank_tensor(timestep)
         return int(self._active_rank_tensor(torch.tensor(float(timestep), dtype=torch.float64)))
 
+    def allows(self, timestep: float | Tensor) -> bool | Tensor:
+        """Whether a timestep, or each of a tensor, lies in the range that the schedule expects.
+
+        A step more at both ends is allowed, since schedulers start at 1 or end at -1.
+        """
+        low, high = 0.0, self.num_train_timesteps
+        margin = 0.002 * self.num_train_timesteps
+        if self.timestep_type == "log_sigma":
+            (low, high), margin = _LOG_SIGMA_RANGE, 0.0
+        return (timestep >= low - margin) & (timestep <= high + margin)
+
     def _active_rank_tensor(self, timestep: Tensor) -> Tensor:
         # fp32 would put the floor one rank off where the product is a whole number; mps has no fp64
         t = timestep.to(torch.float32 if timestep.device.type == "mps" else torch.float64)
         total = self.num_train_timesteps
-        t = t.clamp(0.0, total)
-        if self.timestep_reversed:
-            t = total - t
+        if self.timestep_type == "log_sigma":
+            # share of noise in x0 + sigma noise; the schedule then runs on a scale of its own
+            t, total = torch.sigmoid(4 * t), 1.0
+        else:
+            t = t.clamp(0.0, total)
+            if self.timestep_reversed:
+                t = total - t
         match self.kind:
             case "constant":
                 return torch.full_like(t, self.r, dtype=torch.long)
@@ -78,6 +100,7 @@ def active_rank(
     schedule_exponent: float = ...,
     num_train_timesteps: float = ...,
     timestep_reversed: bool = ...,
+    timestep_type: TimestepType = ...,
 ) -> int: ...
 @overload
 def active_rank(
@@ -89,6 +112,7 @@ def active_rank(
     schedule_exponent: float = ...,
     num_train_timesteps: float = ...,
     timestep_reversed: bool = ...,
+    timestep_type: TimestepType = ...,
 ) -> Tensor: ...
 def active_rank(
     timestep: float | Tensor,
@@ -99,6 +123,7 @@ def active_rank(
     schedule_exponent: float = 1.0,
     num_train_timesteps: float = 1000.0,
     timestep_reversed: bool = False,
+    timestep_type: TimestepType = "linear",
 ) -> int | Tensor:
     """The number of ranks that T-LoRA keeps active at a timestep.
 
@@ -116,6 +141,9 @@ def active_rank(
         schedule_exponent: The paper's alpha, above 0.
         num_train_timesteps: The value T that means pure noise, above 0.
         timestep_reversed: Whether time runs the other way: 0 is pure noise and T is clean.
+        timestep_type: "linear" for time that runs from 0 to T; "log_sigma" if `timestep` is
+            0.25 ln(sigma), as EDM's schedulers and Stable Video Diffusion have it: then
+            sigma / (1 + sigma) takes the place of t / T, whatever T and the direction.
 
     Returns:
         An int for a number; for a tensor an int64 tensor of the same shape on the same device.
@@ -129,10 +157,17 @@ def active_rank(
     check_choice(rank_schedule, RANK_SCHEDULES, "rank_schedule")
     check_positive(schedule_exponent, "schedule_exponent")
     check_positive(num_train_timesteps, "num_train_timesteps")
+    check_choice(timestep_type, TIMESTEP_TYPES, "timestep_type")
     if not isinstance(timestep, Tensor) and not math.isfinite(timestep):
         raise ValueError(f"timestep must be a finite number, got {timestep}.")
     schedule = RankSchedule(
-        r, min_rank, rank_schedule, schedule_exponent, num_train_timesteps, timestep_reversed
+        r,
+        min_rank,
+        rank_schedule,
+        schedule_exponent,
+        num_train_timesteps,
+        timestep_reversed,
+        timestep_type,
     )
     return schedule.active_rank(timestep)
 
@@ -186,14 +221,16 @@ def check_positive(value: object, name: str) -> None:
 
 
 def encode_schedule(schedule: RankSchedule, lora_alpha: float, use_rslora: bool) -> Tensor:
-    """Write a schedule and LoRA's scaling into an int64 tensor of shape (9,).
+    """Write a schedule and LoRA's scaling into an int64 tensor of shape (10,).
 
     Such a tensor travels with the weights, so that a file without config and metadata describes
     itself. Floats are kept as the bits of their float64, because hosts cast floating-point tensors
     to the model's dtype but leave integers alone. Layout: version, kind (index in
     `RANK_SCHEDULES`), exponent, min_rank, whether min_rank is a fraction, num_train_timesteps,
-    timestep_reversed, lora_alpha, use_rslora.
+    timestep_reversed, lora_alpha, use_rslora, timestep_type (index in `TIMESTEP_TYPES`, or
+    -1 for None).
     """
+    timestep_type = schedule.timestep_type
     return torch.tensor(
         [
             _ENCODING_VERSION,
@@ -205,6 +242,7 @@ def encode_schedule(schedule: RankSchedule, lora_alpha: float, use_rslora: bool)
             schedule.timestep_reversed,
             _float_to_bits(lora_alpha),
             use_rslora,
+            -1 if timestep_type is None else TIMESTEP_TYPES.index(timestep_type),
         ],
         dtype=torch.int64,
     )
@@ -216,14 +254,21 @@ def decode_schedule(encoded: Tensor, r: int) -> tuple[RankSchedule, float, bool]
     Raises:
         ValueError: If the tensor isn't a schedule of a known version.
     """
-    values = encoded.tolist() if encoded.dtype == torch.int64 and encoded.shape == (9,) else [0]
-    if values[0] != _ENCODING_VERSION or not 0 <= values[1] < len(RANK_SCHEDULES):
+    known = encoded.dtype == torch.int64 and encoded.shape == (_ENCODING_LENGTH,)
+    values = encoded.tolist() if known else [0]
+    if (
+        values[0] != _ENCODING_VERSION
+        or not 0 <= values[1] < len(RANK_SCHEDULES)
+        or not -1 <= values[9] < len(TIMESTEP_TYPES)
+    ):
         raise ValueError(
-            f"lora_schedule must be an int64 tensor of shape (9,) with version {_ENCODING_VERSION} "
-            f"in front, got {encoded.dtype} of shape {tuple(encoded.shape)}: {encoded}. The file "
-            "is damaged or was written by a newer peft_tlora."
+            f"lora_schedule must be an int64 tensor of shape ({_ENCODING_LENGTH},) with version "
+            f"{_ENCODING_VERSION} in front, got {encoded.dtype} of shape {tuple(encoded.shape)}: "
+            f"{encoded}. The file is damaged or was written by a newer peft_tlora."
         )
-    _, kind, exponent, min_rank, is_fraction, total, is_reversed, lora_alpha, use_rslora = values
+    _, kind, exponent, min_rank, is_fraction, total, is_reversed, lora_alpha, use_rslora, type_ = (
+        values
+    )
     minimum = _bits_to_float(min_rank)
     schedule = RankSchedule(
         r=r,
@@ -232,6 +277,7 @@ def decode_schedule(encoded: Tensor, r: int) -> tuple[RankSchedule, float, bool]
         exponent=_bits_to_float(exponent),
         num_train_timesteps=_bits_to_float(total),
         timestep_reversed=bool(is_reversed),
+        timestep_type=None if type_ == -1 else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
     )
     return schedule, _bits_to_float(lora_alpha), bool(use_rslora)
 

@@ -14,8 +14,9 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,17 @@ _MAX_PENDING_FORWARDS = 4096
 class CapturedTimestep:
     """The timestep of one forward: a number or a tensor of shape (), (batch,) or (batch, tokens).
 
+    Args:
+        value: The timestep.
+        per_sample: Whether a tensor's values belong to the samples of the batch; if not, the
+            noisiest stands for all of them.
+
     Raises:
         TypeError: If the value is neither a number nor a tensor.
         ValueError: If a number isn't finite.
     """
 
-    def __init__(self, value: float | Tensor) -> None:
+    def __init__(self, value: float | Tensor, per_sample: bool = True) -> None:
         if isinstance(value, Tensor):
             value = value.detach()
             value = value.reshape(()) if value.numel() == 1 else value
@@ -44,22 +50,38 @@ class CapturedTimestep:
         elif not math.isfinite(value):
             raise ValueError(f"A timestep must be finite, got {value}.")
         self.value = value
+        self.per_sample = per_sample
+        self.is_log_sigma: Tensor | None = None  # what the values tell, if they are to tell it
+        self.checked = False
         self._active: dict[RankSchedule, int | Tensor] = {}
         self._uniform: bool | None = None
 
     def active_rank(self, schedule: RankSchedule) -> int | Tensor:
-        """Active ranks of the timestep's shape, computed once a schedule."""
+        """Active ranks of the timestep's shape, or of shape (); computed once a schedule."""
         if torch.compiler.is_compiling():
-            return schedule.active_rank(self.value)
+            return self._active_rank(schedule)
         if schedule not in self._active:
-            self._active[schedule] = schedule.active_rank(self.value)
+            self._active[schedule] = self._active_rank(schedule)
         return self._active[schedule]
+
+    def _active_rank(self, schedule: RankSchedule) -> int | Tensor:
+        rank = schedule.active_rank(self.value)
+        if schedule.timestep_type is None and self.is_log_sigma is not None:
+            other = replace(schedule, timestep_type="log_sigma").active_rank(self.value)
+            rank = torch.where(self.is_log_sigma, other, rank)
+        if isinstance(rank, Tensor) and not self.per_sample:
+            rank = rank.amin()
+        return rank
 
     def is_uniform(self) -> bool:
         """Whether all samples share one timestep. Reads a device tensor: a last resort."""
         if self._uniform is None:
             t = self.value
-            self._uniform = not isinstance(t, Tensor) or bool((t == t.flatten()[0]).all())
+            self._uniform = (
+                not isinstance(t, Tensor)
+                or not self.per_sample
+                or bool((t == t.flatten()[0]).all())
+            )
         return self._uniform
 
 
@@ -82,10 +104,20 @@ class TimestepState:
     Args:
         denoiser: Name of the denoiser's class if its layers are expected to have a timestep; a
             forward without one then warns. None for models without time, such as text encoders.
+        per_sample: See `CapturedTimestep`.
+        detects_log_sigma: Whether timesteps may be 0.25 ln(sigma), as those of EDM's schedulers
+            are: never whole and between -1.6 and 1.7, while all others soon pass 2.
     """
 
-    def __init__(self, denoiser: str | None) -> None:
+    def __init__(
+        self, denoiser: str | None, *, per_sample: bool = True, detects_log_sigma: bool = False
+    ) -> None:
         self.denoiser = denoiser
+        self.per_sample = per_sample
+        self.detects_log_sigma = detects_log_sigma
+        self._seen_linear: Tensor | None = None
+        self._seen_outside: Tensor | None = None
+        self._checks = 0
         self._explicit: CapturedTimestep | None = None
         self._captured: CapturedTimestep | None = None
         self._running: _Forward | None = None
@@ -94,17 +126,33 @@ class TimestepState:
         self._last_number = 0
         self._warned: set[str] = set()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model start afresh: nothing of a running forward goes along."""
-        return {"denoiser": self.denoiser}
+        return {
+            "denoiser": self.denoiser,
+            "per_sample": self.per_sample,
+            "detects_log_sigma": self.detects_log_sigma,
+        }
 
-    def __setstate__(self, state: dict[str, str | None]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what `__getstate__` kept."""
-        self.__init__(state["denoiser"])
+        self.__init__(**state)
+
+    def capture(self, timestep: object) -> CapturedTimestep:
+        """A timestep as this denoiser means it.
+
+        Raises:
+            TypeError: If it is neither a number nor a tensor.
+            ValueError: If it is a number that isn't finite.
+        """
+        captured = CapturedTimestep(timestep, self.per_sample)  # pyright: ignore[reportArgumentType]
+        if self.detects_log_sigma and not torch.compiler.is_compiling():
+            captured.is_log_sigma = self._detect_log_sigma(captured.value)
+        return captured
 
     def begin_forward(self, timestep: object) -> None:
         """Take the timestep of a denoiser's forward that starts now; None if it has none."""
-        self._captured = None if timestep is None else CapturedTimestep(timestep)  # pyright: ignore[reportArgumentType]
+        self._captured = None if timestep is None else self.capture(timestep)
         self._running = self._record()
 
     def end_forward(self) -> None:
@@ -136,6 +184,13 @@ class TimestepState:
             )
         return timestep
 
+    def active_rank(self, timestep: CapturedTimestep, schedule: RankSchedule) -> int | Tensor:
+        """Active ranks at a timestep; warns once of values that the schedule doesn't expect."""
+        if not (timestep.checked or torch.compiler.is_compiling()):
+            timestep.checked = True
+            self._check(timestep, schedule)
+        return timestep.active_rank(schedule)
+
     @property
     def context(self) -> CapturedTimestep | None:
         """The timestep of the surrounding `timestep_context`, None outside of one."""
@@ -146,6 +201,48 @@ class TimestepState:
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=2)
+
+    def _detect_log_sigma(self, value: float | Tensor) -> Tensor:
+        t = torch.as_tensor(value)
+        linear = ((t.abs() >= 2) | (t == t.round())).any()
+        if self._seen_linear is not None:
+            linear = linear | self._seen_linear.to(linear.device)
+        self._seen_linear = linear
+        return ~linear
+
+    def _check(self, timestep: CapturedTimestep, schedule: RankSchedule) -> None:
+        """Warn of values out of range. They are read after 1, 2, 4, ... forwards only.
+
+        In between they are gathered on their device, so that a forward doesn't wait for it.
+        """
+        if "range" in self._warned or _is_capturing():
+            return
+        outside = ~torch.as_tensor(schedule.allows(timestep.value)).all()
+        if schedule.timestep_type is None and timestep.is_log_sigma is not None:
+            outside = outside | timestep.is_log_sigma
+        if self._seen_outside is not None:
+            outside = outside | self._seen_outside.to(outside.device)
+        self._seen_outside = outside
+        self._checks += 1
+        if self._checks & (self._checks - 1) == 0 and outside:
+            self.warn_once("range", self._describe_range(timestep, schedule))
+
+    def _describe_range(self, timestep: CapturedTimestep, schedule: RankSchedule) -> str:
+        if schedule.timestep_type is None and timestep.is_log_sigma:
+            return (
+                f"The timesteps of {self.denoiser} look like 0.25 ln(sigma), as EDM's schedulers "
+                "have it, and are taken for that. Set timestep_type='log_sigma' in the config if "
+                "it's right, and 'linear' if not."
+            )
+        expected = f"between 0 and {schedule.num_train_timesteps:g}"
+        if schedule.timestep_type == "log_sigma":
+            expected = "0.25 ln(sigma)"
+        return (
+            f"{self.denoiser} got timesteps that T-LoRA doesn't expect: they should be {expected}, "
+            f"but not all of the latest are (now: {timestep.value}). The mask is wrong unless you "
+            "set num_train_timesteps, timestep_reversed and timestep_type in the config as the "
+            "scheduler has it, or give the timestep with peft_tlora.timestep_context."
+        )
 
     def _record(self) -> _Forward | None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -223,11 +320,14 @@ def timestep_context(model: nn.Module, timestep: float | Tensor) -> Iterator[Non
         raise ValueError(
             f"{type(model).__name__} has no T-LoRA layer; add an adapter with a TLoraConfig first."
         )
-    captured = CapturedTimestep(timestep)
     with ExitStack() as stack:
         for state in states.values():
-            stack.enter_context(state.explicit(captured))
+            stack.enter_context(state.explicit(state.capture(timestep)))
         yield
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _next_sequence_number() -> int:

@@ -1,5 +1,6 @@
 """What a T-LoRA adapter computes in one layer: forward and merge, from one pair of factors."""
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -8,7 +9,9 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .denoisers import Layout
 from .functional import align_ranks, delta_weight, fuse_factors, pair
+from .integrations.offload import weights_in_place
 from .schedule import RankSchedule, rank_mask
 from .timestep import CapturedTimestep
 
@@ -25,13 +28,13 @@ class TLoraVariant(LoraVariant):
     Args:
         layer_name: Name of the layer in the model, for messages.
         schedule: The rank schedule.
-        repacked: Whether the rows of the layer's input may be other than batch-major.
+        layout: How the batch lies in the layer's input.
     """
 
-    def __init__(self, layer_name: str, schedule: RankSchedule, repacked: bool) -> None:
+    def __init__(self, layer_name: str, schedule: RankSchedule, layout: Layout) -> None:
         self.layer_name = layer_name
         self.schedule = schedule
-        self.repacked = repacked
+        self.layout = layout
         self.merged_rank: int | Tensor | None = None
 
     def init(self, module: Layer, adapter_name: str, **kwargs: object) -> None:
@@ -41,26 +44,18 @@ class TLoraVariant(LoraVariant):
         self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
     ) -> Tensor:
         """Add the masked update of `x`, (batch, ..., in) or (batch, in, ...), to `result`."""
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        down, up = self._factors(module, active_adapter)
-        x = module.lora_dropout[active_adapter](x)
-        if isinstance(lora_A, _ConvNd):
-            hidden = lora_A._conv_forward(x, down, None)
-            channel = hidden.dim() - lora_A.weight.dim() + 1
-            gate = self._gate(module, active_adapter, hidden, channel)
-            return result + lora_B._conv_forward(hidden * gate, up, None)
-        hidden = nn.functional.linear(x, down)
-        gate = self._gate(module, active_adapter, hidden, hidden.dim() - 1)
-        return result + nn.functional.linear(hidden * gate, up)
+        with weights_in_place(self._holders(module, active_adapter)):
+            return result + self._update(module, active_adapter, x)
 
     def delta_weight(self, module: Layer, adapter: str, rank: int | Tensor | None) -> Tensor:
         """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
-        down, up = self._factors(module, adapter)
-        dtype = down.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            down, up = down.float(), up.float()
-        gate = self._mask(module, adapter, rank, down) * module.scaling[adapter]
-        delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
+        with weights_in_place(self._holders(module, adapter)):
+            down, up = self._factors(module, adapter)
+            dtype = down.dtype
+            if dtype in (torch.float16, torch.bfloat16):
+                down, up = down.float(), up.float()
+            gate = self._mask(module, adapter, rank, down) * module.scaling[adapter]
+            delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
         return transpose(delta, getattr(module, "fan_in_fan_out", False))
 
     def context_rank(self, module: Layer) -> int | Tensor | None:
@@ -104,6 +99,25 @@ class TLoraVariant(LoraVariant):
             )
         self.schedule = schedule
 
+    def _holders(self, module: Layer, adapter: str) -> Iterator[nn.Module]:
+        """The modules that hold the adapter's tensors in a layer."""
+        yield from (module.lora_A[adapter], module.lora_B[adapter], module.lora_lambda)
+        yield from (module.lora_A_init, module.lora_B_init, module.lora_lambda_init)
+
+    def _update(self, module: Layer, adapter: str, x: Tensor) -> Tensor:
+        """The masked update of `x`."""
+        lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
+        down, up = self._factors(module, adapter)
+        x = module.lora_dropout[adapter](x)
+        if isinstance(lora_A, _ConvNd):
+            hidden = lora_A._conv_forward(x, down, None)
+            channel = hidden.dim() - lora_A.weight.dim() + 1
+            gate = self._gate(module, adapter, hidden, channel)
+            return lora_B._conv_forward(hidden * gate, up, None)
+        hidden = nn.functional.linear(x, down)
+        gate = self._gate(module, adapter, hidden, hidden.dim() - 1)
+        return nn.functional.linear(hidden * gate, up)
+
     def _factors(self, module: Layer, adapter: str) -> tuple[Tensor, Tensor]:
         """Down- and up-projection, to be gated in between."""
         q, p = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -142,17 +156,24 @@ class TLoraVariant(LoraVariant):
     def _forward_rank(self, module: Layer, hidden: Tensor, channel: int) -> int | Tensor | None:
         """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
         state = module.timestep_state
-        timestep = None if state is None or self.schedule.kind == "constant" else state.current()
+        if state is None or self.schedule.kind == "constant":
+            return None
+        timestep = state.current()
         if timestep is None:
             return None
-        rank = timestep.active_rank(self.schedule)
-        if isinstance(rank, int):
+        rank = state.active_rank(timestep, self.schedule)
+        if isinstance(rank, int) or rank.dim() == 0:
             return rank
         rows = hidden.shape[0] if channel > 0 else 1
         tokens = hidden.shape[1] if channel > 1 else None
-        if self.repacked and rank.numel() > 1 and rank.shape[0] != rows:
+        if self.layout == "repacked":
             return self._uniform_rank(timestep, rank, rows)
-        aligned = align_ranks(rank, rows, tokens)
+        if self.layout == "sequence_first" and tokens is not None:
+            aligned = align_ranks(rank, tokens, rows)
+            if aligned is not None and aligned.dim() > 0:
+                aligned = aligned.reshape(tokens, -1).T
+        else:
+            aligned = align_ranks(rank, rows, tokens)
         return self._uniform_rank(timestep, rank, rows) if aligned is None else aligned
 
     def _uniform_rank(self, timestep: CapturedTimestep, rank: Tensor, rows: int) -> Tensor:

@@ -50,9 +50,9 @@ def tiny_unet():
     ).eval()
 
 
-def perturb(model: nn.Module, scale: float = 0.3) -> None:
+def perturb(model: nn.Module, scale: float = 0.3, seed: int = 1) -> None:
     """Move all trained adapter weights away from their initial values, as training would."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator)

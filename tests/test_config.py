@@ -86,6 +86,17 @@ def test_other_initialisations_are_refused_with_a_way_out_raises(init):
         ({"ortho_init": None, "ortho_source": "weight"}, ValueError, "has no effect"),
         ({"num_train_timesteps": 0}, ValueError, "num_train_timesteps must be .* above 0"),
         ({"timestep_reversed": "yes"}, TypeError, "timestep_reversed must be a bool"),
+        ({"timestep_type": "edm"}, ValueError, "'linear', 'log_sigma'"),
+        (
+            {"timestep_type": "log_sigma", "num_train_timesteps": 1.0},
+            ValueError,
+            "num_train_timesteps=1.0 has no effect",
+        ),
+        (
+            {"timestep_type": "log_sigma", "timestep_reversed": True},
+            ValueError,
+            "timestep_reversed=True has no effect",
+        ),
         ({"init_seed": -1}, ValueError, "init_seed must be at least 0"),
         ({"init_seed": 1.5}, TypeError, "init_seed must be an int"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite"),

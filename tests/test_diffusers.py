@@ -142,7 +142,7 @@ def test_an_unknown_diffusers_warns_and_is_left_alone(monkeypatch):
     integration.uninstall()
     with monkeypatch.context() as patch:
         patch.setattr(peft_utils, "_create_lora_config", other)
-        with pytest.warns(UserWarning, match=r"load them with peft\.PeftModel\.from_pretrained"):
+        with pytest.warns(UserWarning, match=r"peft_tlora\.load_tlora_weights"):
             integration.install()
         assert peft_utils._create_lora_config is other
     integration.install()

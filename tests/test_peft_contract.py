@@ -133,7 +133,7 @@ def test_the_names_in_a_file_keep_loras_and_have_its_prefix():
     [
         {"min_rank": 0.25},
         {"min_rank": 2, "rank_schedule": "cosine", "schedule_exponent": 1 / 3},
-        {"num_train_timesteps": 1.0, "timestep_reversed": True},
+        {"num_train_timesteps": 2000.0, "timestep_reversed": True},
         {"rank_schedule": "constant"},
         {"ortho_init": None},
         {"rank_pattern": {"to_q": 6}, "alpha_pattern": {"to_out": 5}, "use_rslora": True},
@@ -158,6 +158,16 @@ def test_the_table_of_denoisers_ends_up_in_the_file():
     model = get_peft_model(base_model(), TLoraConfig(r=4, target_modules=TARGETS))
     config = config_from_state_dict(get_peft_model_state_dict(model))
     assert (config.num_train_timesteps, config.timestep_reversed) == (1000.0, False)
+    assert config.timestep_type == "linear"
+
+
+@pytest.mark.parametrize("timestep_type", ["log_sigma", None])
+def test_a_timestep_type_without_a_range_ends_up_in_the_file(timestep_type):
+    unet = tiny_unet()  # whose scheduler decides
+    unet.add_adapter(TLoraConfig(target_modules=["to_q"], timestep_type=timestep_type))
+    config = config_from_state_dict(get_peft_model_state_dict(unet))
+    assert (config.num_train_timesteps, config.timestep_reversed) == (None, None)
+    assert config.timestep_type == timestep_type
 
 
 def test_weights_without_an_adapter_raise():

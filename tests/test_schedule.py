@@ -62,6 +62,29 @@ def test_out_of_range_timesteps_are_clamped_before_the_power():
     assert active_rank(ts, 8, 2, schedule_exponent=0.5).tolist() == [8, 2]
 
 
+def test_log_sigma_puts_the_share_of_noise_in_the_place_of_time():
+    sigma = torch.tensor([700.0, 2.9, 0.9, 0.2, 0.0])
+    ranks = active_rank(sigma.log() / 4, 10, 2, timestep_type="log_sigma")
+    assert ranks.tolist() == [2, 4, 6, 8, 10]
+    assert active_rank(0.0, 10, 2, timestep_type="log_sigma") == 6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "inside", "outside"),
+    [
+        (RankSchedule(8), (0, 1000, 1001), (-3, 1003)),
+        (RankSchedule(8, num_train_timesteps=1.0), (0.0, 1.0), (-0.1, 1.1, 999.0)),
+        (RankSchedule(8, timestep_type="log_sigma"), (1.64, -1.55), (500.0,)),
+    ],
+)
+def test_the_expected_range(schedule, inside, outside):
+    assert all(schedule.allows(t) for t in inside)
+    assert not any(schedule.allows(t) for t in outside)
+    assert schedule.allows(torch.tensor([*inside, *outside])).tolist() == (
+        [True] * len(inside) + [False] * len(outside)
+    )
+
+
 @pytest.mark.parametrize(
     ("min_rank", "r", "expected"),
     [(0.5, 16, 8), (0.5, 5, 2), (0.5, 1, 1), (0.0, 16, 1), (1.0, 16, 16), (0, 16, 0), (3, 16, 3)],
@@ -97,6 +120,7 @@ def test_rank_mask_has_the_first_ranks_active():
         ({"schedule_exponent": 0.0}, ValueError, "schedule_exponent"),
         ({"num_train_timesteps": float("inf")}, ValueError, "num_train_timesteps"),
         ({"timestep": float("nan")}, ValueError, "timestep"),
+        ({"timestep_type": "edm"}, ValueError, "'linear', 'log_sigma'"),
     ],
 )
 def test_bad_values_raise(kwargs, error, words):
@@ -105,15 +129,17 @@ def test_bad_values_raise(kwargs, error, words):
 
 
 @pytest.mark.parametrize("min_rank", [0.5, 1 / 3, 0, 7])
-def test_a_schedule_survives_its_encoding_to_the_bit(min_rank):
-    schedule = RankSchedule(8, min_rank, "cosine", 1 / 3, 1.6377, True)
+@pytest.mark.parametrize("timestep_type", ["linear", "log_sigma", None])
+def test_a_schedule_survives_its_encoding_to_the_bit(min_rank, timestep_type):
+    schedule = RankSchedule(8, min_rank, "cosine", 1 / 3, 1.6377, True, timestep_type)
     encoded = encode_schedule(schedule, 1 / 7, use_rslora=True)
     assert decode_schedule(encoded, 8) == (schedule, 1 / 7, True)
     assert type(decode_schedule(encoded, 8)[0].min_rank) is type(min_rank)
 
 
 @pytest.mark.parametrize(
-    "damaged", [torch.zeros(9), torch.zeros(9, dtype=torch.int64), torch.ones(3, dtype=torch.int64)]
+    "damaged",
+    [torch.zeros(10), torch.zeros(10, dtype=torch.int64), torch.ones(9, dtype=torch.int64)],
 )
 def test_a_damaged_schedule_raises(damaged):
     with pytest.raises(ValueError, match="lora_schedule must be an int64 tensor"):

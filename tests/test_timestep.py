@@ -8,7 +8,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_tlora import TLoraConfig, timestep_context
+from peft_tlora import TLoraConfig, active_rank, timestep_context
 from peft_tlora import timestep as timestep_module
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
@@ -426,9 +426,73 @@ def test_copies_have_a_working_hook_and_a_state_of_their_own(copied):
     assert twin.base_model.model.to_out.timestep_state is states[1]
 
 
-def test_forward_never_synchronises(monkeypatch):
+def edm_timesteps(steps=8):
+    from diffusers import EDMEulerScheduler
+
+    scheduler = EDMEulerScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
+
+
+def unet_ranks(unet, timesteps):
+    x, e = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 16)
+    seen = [set(ranks_seen(unet, x, t, e).values()) for t in timesteps]
+    assert all(len(ranks) == 1 for ranks in seen)
+    return [ranks.pop() for ranks in seen]
+
+
+def adapted_unet(**kwargs):
+    unet = tiny_unet()
+    unet.add_adapter(
+        TLoraConfig(**{**CONFIG, "r": 10, "min_rank": 2, "target_modules": ["to_q"], **kwargs})
+    )
+    perturb(unet)
+    return unet
+
+
+def test_a_unet_tells_the_timesteps_of_edm_by_their_values():
+    timesteps = edm_timesteps()
+    assert timesteps[0] > 1
+    expected = active_rank(timesteps, 10, 2, timestep_type="log_sigma").tolist()
+    assert expected == sorted(expected)
+    assert (expected[0], expected[-1]) == (2, 9)
+    with pytest.warns(UserWarning, match=r"look like 0\.25 ln\(sigma\)"):
+        assert unet_ranks(adapted_unet(), timesteps) == expected
+    told = adapted_unet(timestep_type="log_sigma")  # and nobody warns
+    assert unet_ranks(told, timesteps) == expected
+    with timestep_context(told, timesteps[-1]):
+        assert unet_ranks(told, timesteps[:1]) == expected[-1:]
+
+
+def test_small_timesteps_of_other_schedulers_are_no_log_sigma():
+    timesteps = torch.tensor([998.3, 90.7, 1.6, 0.3])  # as karras sigmas have them
+    assert unet_ranks(adapted_unet(), timesteps) == active_rank(timesteps, 10, 2).tolist()
+    assert unet_ranks(adapted_unet(), torch.tensor([1.0, 0.0])) == [9, 10]
+    told = adapted_unet(num_train_timesteps=1.0)
+    assert unet_ranks(told, torch.tensor([0.75, 0.25])) == [4, 8]
+
+
+@pytest.mark.parametrize("value", [torch.tensor([500.0, 0.5]), torch.tensor(-7.0), 500.0])
+def test_timesteps_out_of_range_warn_once(value):
+    model, x = adapted(num_train_timesteps=1.0), torch.randn(2, 3, 8)
+    with pytest.warns(UserWarning, match="should be between 0 and 1, but"):
+        model(x, value)
+    model(x, value)  # and no second time: any warning is an error here
+
+
+def test_a_timestep_out_of_range_warns_although_later_ones_are_inside():
     model, x = adapted(), torch.randn(2, 3, 8)
-    model(x, torch.tensor(3))
+    for t in (900, 500, -30):
+        model(x, torch.tensor(t))
+    with pytest.warns(UserWarning, match="TinyDenoiser got timesteps"):
+        model(x, torch.tensor(7))
+
+
+def test_forward_never_synchronises(monkeypatch):
+    """Save for the check of the timesteps' range after 1, 2, 4, 8, ... forwards."""
+    model, x = adapted(), torch.randn(2, 3, 8)
+    for _ in range(8):
+        model(x, torch.tensor(3))
 
     def refuse(*args, **kwargs):
         raise AssertionError("a forward must not read a tensor's value")

@@ -1,0 +1,89 @@
+"""Pipelines without tokenizers: they take embeddings."""
+
+import diffusers
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ..conftest import tiny_unet
+from . import image
+
+
+def autoencoder():
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8
+    )
+
+
+def text_encoder():
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+        )
+    )
+
+
+def stable_diffusion(cls=diffusers.StableDiffusionPipeline, **parts):
+    torch.manual_seed(0)
+    defaults = {
+        "vae": autoencoder(),
+        "text_encoder": text_encoder(),
+        "tokenizer": None,
+        "unet": tiny_unet(),
+        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    return prepared(cls(**{**defaults, **parts}))
+
+
+def flux():
+    torch.manual_seed(0)
+    return prepared(
+        diffusers.FluxPipeline(
+            vae=autoencoder(),
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=image.flux(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        )
+    )
+
+
+def prepared(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipeline
+
+
+def generate(pipeline, steps=4, **kwargs):
+    """Latents of one picture, the same for the same weights and masks."""
+    generator = torch.Generator().manual_seed(3)
+    draw = torch.Generator().manual_seed(4)
+    embeddings = {"prompt_embeds": torch.randn(1, 3, 16, generator=draw)}
+    if hasattr(pipeline, "transformer"):
+        embeddings["pooled_prompt_embeds"] = torch.randn(1, 16, generator=draw)
+    else:
+        embeddings["negative_prompt_embeds"] = torch.zeros(1, 3, 16)
+    dtype = denoiser(pipeline).dtype
+    embeddings = {name: value.to(dtype) for name, value in embeddings.items()}
+    return pipeline(
+        **embeddings,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="latent",
+        **{"height": 8, "width": 8, **kwargs},
+    ).images.float()
+
+
+def denoiser(pipeline):
+    return getattr(pipeline, "unet", None) or pipeline.transformer
