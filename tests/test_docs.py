@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import peft_tlora
 from peft_tlora import denoisers
-from peft_tlora.denoisers import DENOISERS
+from peft_tlora.denoisers import DENOISERS, Denoiser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,18 +41,20 @@ def test_every_public_name_is_documented():
 
 
 def test_every_known_denoiser_is_documented_as_it_is():
-    page = (ROOT / "docs" / "timestep.md").read_text()
-    rows = re.findall(r"^\| (\w+) \| `(\w+)` \| (\d+) \| (\d+) \|$", page, re.M)
-    assert {
-        name: (argument, float(noisy), float(clean)) for name, argument, noisy, clean in rows
-    } == {
-        name: (
-            denoiser.argument,
-            0.0 if denoiser.timestep_reversed else denoiser.num_train_timesteps,
-            denoiser.num_train_timesteps if denoiser.timestep_reversed else 0.0,
-        )
-        for name, denoiser in DENOISERS.items()
-    }
+    page = (ROOT / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\S+) \| ([^|]+) \| ([^|]*)\|", page, re.M)
+    documented = {name: [value.strip() for value in values] for name, *values in rows[1:]}
+    assert documented.keys() == DENOISERS.keys()
+    default = SimpleNamespace(config=SimpleNamespace())
+    for name, entry in DENOISERS.items():
+        denoiser = entry if isinstance(entry, Denoiser) else entry(default)
+        ends = ["0", f"{denoiser.num_train_timesteps:g}"]
+        if not denoiser.timestep_reversed:
+            ends.reverse()
+        if denoiser.timestep_type == "log_sigma":
+            ends = ["0.25 ln(sigma)", ""]
+        expected = ["-"] * 3 if denoiser.argument is None else [f"`{denoiser.argument}`", *ends]
+        assert documented[name] == expected
 
 
 def test_the_changelog_knows_the_version():
