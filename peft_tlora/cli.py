@@ -8,7 +8,7 @@ from pathlib import Path
 from .config import TLoraConfig
 from .launcher import NoAdapterError, run_script
 from .orthogonal import ORTHO_INITS, ORTHO_SOURCES
-from .schedule import RANK_SCHEDULES
+from .schedule import RANK_SCHEDULES, TIMESTEP_TYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +51,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--ortho-source", choices=ORTHO_SOURCES)
     add("--num-train-timesteps", type=float)
     add("--timestep-reversed", action=argparse.BooleanOptionalAction)
+    add("--timestep-type", choices=TIMESTEP_TYPES)
     add("--init-seed", type=int)
     add("--text-encoders", action="store_true", help="models without a timestep, too")
     add("script", help="path of the script")

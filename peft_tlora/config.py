@@ -70,6 +70,8 @@ class TLoraConfig(LoraConfig):
             `num_train_timesteps` or `timestep_reversed` is given.
         init_seed: Makes the initialisation a function of the seed and each layer's name and shape,
             on any device and in any order of layers. None draws a seed from torch's generator.
+        library_name: "peft_tlora": names this package in a saved configuration, for readers that
+            don't know the type TLORA.
 
     Raises:
         ValueError: If a value is out of its range, unknown or not supported with T-LoRA.
@@ -100,6 +102,9 @@ class TLoraConfig(LoraConfig):
     )
     init_seed: int | None = field(
         default=None, metadata={"help": "Seed of the initialisation, whatever the device."}
+    )
+    library_name: str = field(
+        default="peft_tlora", metadata={"help": "The package to import before loading."}
     )
 
     def __post_init__(self) -> None:
@@ -192,6 +197,7 @@ class TLoraConfig(LoraConfig):
                     )
 
     def _check_initialisation(self) -> None:
+        check_choice(self.library_name, ("peft_tlora",), "library_name")
         if self.ortho_init is not None:
             check_choice(self.ortho_init, ORTHO_INITS, "ortho_init (if not None)")
         check_choice(self.ortho_source, ORTHO_SOURCES, "ortho_source")

@@ -97,6 +97,7 @@ def test_other_initialisations_are_refused_with_a_way_out_raises(init):
             ValueError,
             "timestep_reversed=True has no effect",
         ),
+        ({"library_name": "peft"}, ValueError, "'peft_tlora'"),
         ({"init_seed": -1}, ValueError, "init_seed must be at least 0"),
         ({"init_seed": 1.5}, TypeError, "init_seed must be an int"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite"),
@@ -119,6 +120,7 @@ def test_min_rank_keeps_its_kind_through_a_saved_config(tmp_path):
 
 def test_a_saved_config_is_found_by_its_peft_type(tmp_path):
     TLoraConfig(r=4, rank_schedule="cosine").save_pretrained(tmp_path)
+    assert '"library_name": "peft_tlora"' in (tmp_path / "adapter_config.json").read_text()
     loaded = peft.PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is TLoraConfig
     assert loaded.rank_schedule == "cosine"

@@ -260,7 +260,9 @@ def assert_masks_follow(watch, scheduler, scale=1.0):
     assert len(set(ranks)) > 1
 
 
-@pytest.mark.parametrize("entrance", ["img2img", "inpaint", "controlnet", "callback", "timesteps"])
+@pytest.mark.parametrize(
+    "entrance", ["img2img", "inpaint", "controlnet", "ip adapter", "callback", "timesteps"]
+)
 def test_the_mask_follows_the_timestep_through_every_entrance(saved, entrance):
     pipeline = loaded(saved["unet", "toy"][0], "unet")
     watch = Watch(pipeline.unet)
@@ -281,6 +283,9 @@ def test_the_mask_follows_the_timestep_through_every_entrance(saved, entrance):
             **parts,
         )
         kwargs = {"image": image}
+    elif entrance == "ip adapter":
+        pipeline.unet._load_ip_adapter_weights([ip_adapter(pipeline.unet)])
+        kwargs = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6)]}
     elif entrance == "callback":
         kwargs = {"callback_on_step_end": lambda pipe, i, t, values: values}
     else:
@@ -288,3 +293,52 @@ def test_the_mask_follows_the_timestep_through_every_entrance(saved, entrance):
         kwargs = {"timesteps": [999, 499, 19]}
     generate(pipeline, steps=6, **kwargs)
     assert_masks_follow(watch, pipeline.scheduler)
+
+
+def ip_adapter(unet):
+    """Weights of an IP-Adapter for images of 6 features."""
+    width = unet.config.cross_attention_dim
+    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    sizes = [unet.get_submodule(name.removesuffix(".processor")).inner_dim for name in cross]
+    return {
+        "image_proj": {
+            "proj.weight": torch.randn(4 * width, 6),
+            "proj.bias": torch.zeros(4 * width),
+            "norm.weight": torch.ones(width),
+            "norm.bias": torch.zeros(width),
+        },
+        "ip_adapter": {
+            f"{2 * i + 1}.to_{part}_ip.weight": torch.randn(size, width)
+            for i, size in enumerate(sizes)
+            for part in "kv"
+        },
+    }
+
+
+def test_the_mask_follows_custom_sigmas(saved):
+    pipeline = loaded(saved["transformer", "toy"][0], "transformer")
+    watch = Watch(pipeline.transformer)
+    generate(pipeline, sigmas=[1.0, 0.6, 0.2])
+    assert_masks_follow(watch, pipeline.scheduler, scale=1000)
+    assert [t for t, _ in watch.calls] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_the_mask_follows_the_timestep_of_modular_pipelines(saved):
+    from diffusers.modular_pipelines.flux.denoise import FluxDenoiseStep
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState
+
+    pipeline = loaded(saved["transformer", "toy"][0], "transformer")
+    watch = Watch(pipeline.transformer)
+    modular = FluxDenoiseStep().init_pipeline()
+    modular.update_components(transformer=pipeline.transformer, scheduler=pipeline.scheduler)
+    pipeline.scheduler.set_timesteps(4)
+    state, inputs = PipelineState(), pipelines.image.flux_inputs(1)
+    names = {"hidden_states": "latents", "encoder_hidden_states": "prompt_embeds"}
+    names["pooled_projections"] = "pooled_prompt_embeds"
+    for name, value in inputs.items():
+        state.set(names.get(name, name), value)
+    state.set("timesteps", pipeline.scheduler.timesteps)
+    state.set("num_inference_steps", 4)
+    modular.blocks.set_progress_bar_config(disable=True)
+    modular.blocks(modular, state)
+    assert_masks_follow(watch, pipeline.scheduler, scale=1000)
