@@ -8,8 +8,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_tlora import TLoraConfig, active_rank, timestep_context
-from peft_tlora import timestep as timestep_module
+from peft_tlora import TLoraConfig, active_rank, recomputation, timestep_context
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 
@@ -290,7 +289,7 @@ def test_the_checkpointing_tests_fail_without_the_replay(kind, monkeypatch):
     model = adapted(DeepDenoiser())
     expected = gradients(model, backward_inside_another_context)
     model.base_model.model.checkpoint = CHECKPOINTS[kind]
-    monkeypatch.setattr(timestep_module, "_backward_sequence_number", lambda: None)
+    monkeypatch.setattr(recomputation, "_backward_sequence_number", lambda: None)
     found = gradients(model, backward_inside_another_context)
     difference = sum((found[n] - expected[n]).norm() for n in expected)
     assert difference > 0.1 * sum(g.norm() for g in expected.values())
@@ -328,7 +327,7 @@ def test_the_unets_own_checkpointing_gives_the_plain_gradients(reentrant):
 
 
 def test_a_backward_that_comes_too_late_raises(monkeypatch):
-    monkeypatch.setattr(timestep_module, "_MAX_PENDING_FORWARDS", 2)
+    monkeypatch.setattr(recomputation, "_MAX_PENDING_FORWARDS", 2)
     model = adapted(DeepDenoiser())
     model.base_model.model.checkpoint = CHECKPOINTS["reentrant"]
     pending = [loss(model, HIGH) for _ in range(3)]

@@ -1,0 +1,100 @@
+"""Finds the forward that a block recomputed by gradient checkpointing belongs to.
+
+Such a block runs once more during backward, when the timestep of its forward is gone or belongs to
+another one. Each forward owns the autograd nodes whose sequence numbers were handed out while it
+ran, and the node that triggers a recomputation is one of them. This holds for torch's checkpointing
+functions, reentrant or not. The sole contact with private parts of autograd.
+"""
+
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+import torch
+
+# forwards whose backward may still come; each costs one small tensor
+_MAX_PENDING_FORWARDS = 4096
+Value = TypeVar("Value")
+
+
+class Forward(Generic[Value]):
+    """A forward that may be recomputed: the autograd sequence numbers it used, and its value."""
+
+    def __init__(self, value: Value | None) -> None:
+        self.value = value
+        self.thread = threading.get_ident()  # each thread counts for itself
+        self.first = _next_sequence_number()
+        self.end: int | None = None
+
+    def owns(self, sequence_number: int) -> bool:
+        """Whether it handed out a sequence number."""
+        return self.first <= sequence_number and (self.end is None or sequence_number < self.end)
+
+
+class ForwardLog(Generic[Value]):
+    """The latest forwards of a model, each with a value that its recomputation needs.
+
+    Args:
+        name: Name of the model, for messages.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self._forwards: deque[Forward[Value]] = deque(maxlen=_MAX_PENDING_FORWARDS)
+        self._recomputed: Forward[Value] | None = None
+        self._last_number = 0
+
+    def open(self, value: Value | None) -> Forward[Value] | None:
+        """Note that a forward starts; None if it can't be recomputed."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        forward = Forward(value)
+        self._forwards.append(forward)
+        self._recomputed = None
+        self._last_number = forward.first
+        return forward
+
+    def close(self, forward: Forward[Value] | None) -> None:
+        """Note that a forward has ended."""
+        if forward is not None:
+            forward.end = self._last_number = _next_sequence_number()
+
+    def value_of_recomputation(self) -> Value | None:
+        """The value of the forward that runs again now, None outside of a recomputation.
+
+        Raises:
+            RuntimeError: If that forward is too long ago.
+        """
+        if torch.compiler.is_compiling() or not self._forwards:
+            return None
+        number = _backward_sequence_number()
+        if number is None:
+            return None
+        outer = self._recomputed
+        if outer is not None and outer.thread == threading.get_ident():
+            if number >= self._last_number:
+                # no forward has used this number: a recomputed block holds a checkpoint itself
+                return outer.value
+        for forward in reversed(self._forwards):
+            if forward.owns(number):
+                self._recomputed = forward
+                return forward.value
+        if len(self._forwards) == self._forwards.maxlen and number < self._forwards[0].first:
+            raise RuntimeError(
+                f"More than {self._forwards.maxlen} forwards of {self.name} came before this "
+                "backward, so the timestep of a checkpointed block is no longer known. Call "
+                "backward earlier."
+            )
+        return None if outer is None else outer.value
+
+
+def _next_sequence_number() -> int:
+    return torch.autograd._get_sequence_nr()
+
+
+def _backward_sequence_number() -> int | None:
+    """Sequence number of the autograd node that runs now, None outside of backward."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
