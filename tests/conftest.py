@@ -57,3 +57,37 @@ def perturb(model: nn.Module, scale: float = 0.3, seed: int = 1) -> None:
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += (scale * noise).to(parameter.device, parameter.dtype)
+
+
+def first_layer(model):
+    return next(name for name, module in model.named_modules() if hasattr(module, "lora_lambda"))
+
+
+class Watch:
+    """The timestep of each call of a denoiser, and the active rank that one of its layers saw."""
+
+    def __init__(self, model):
+        self.calls = []
+        layer = model.get_submodule(first_layer(model))
+        self.schedule = layer.lora_variant["toy"].schedule
+        layer.register_forward_hook(self.see)
+
+    def see(self, layer, args, output):
+        timestep = layer.timestep_state.current()
+        rank = timestep.active_rank(self.schedule)
+        self.calls.append((float(torch.as_tensor(timestep.value).max()), int(rank.min())))
+
+
+def assert_masks_follow(watch, scheduler, calls=1, scale=1.0):
+    """Check what was seen of the last timesteps of a scheduler, the noisiest first.
+
+    The denoiser is called `calls` times at each, with the timestep divided by `scale`.
+    """
+    expected = [float(t) / scale for t in scheduler.timesteps for _ in range(calls)]
+    seen = [t for t, _ in watch.calls]
+    assert len(seen) >= 2
+    assert seen == pytest.approx(expected[-len(seen) :], rel=1e-5)
+    ranks = [rank for _, rank in watch.calls]
+    assert ranks == [watch.schedule.active_rank(torch.tensor(t)).item() for t in seen]
+    assert ranks == sorted(ranks)
+    assert len(set(ranks)) > 1

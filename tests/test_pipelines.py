@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft_tlora import TLoraConfig, load_tlora_weights, timestep_context
 from peft_tlora.integrations import diffusers as integration
 
-from .conftest import perturb
+from .conftest import Watch, assert_masks_follow, first_layer, perturb
 from .tiny import pipelines
-from .tiny.pipelines import denoiser, generate
+from .tiny.pipelines import denoiser, generate, save_weights
 
 MAKE = {"unet": pipelines.stable_diffusion, "transformer": pipelines.flux}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -25,10 +25,7 @@ def save(folder, kind, config_cls=TLoraConfig, seed=1, **kwargs):
     model = denoiser(pipeline)
     model.add_adapter(config_cls(r=4, target_modules=TARGETS, **kwargs))
     perturb(model, 2.0 if kind == "transformer" else 0.3, seed)
-    weights = get_peft_model_state_dict(model)
-    if kind == "unet":
-        weights = convert_state_dict_to_diffusers(weights)
-    pipeline.save_lora_weights(folder, **{f"{kind}_lora_layers": weights})
+    save_weights(pipeline, folder)
     return generate(pipeline)
 
 
@@ -200,10 +197,6 @@ def test_memory_modes_give_the_same_picture(saved, kind, mode, tmp_path):
     torch.testing.assert_close(generate(pipeline), picture, atol=1e-3, rtol=1e-4)
 
 
-def first_layer(model):
-    return next(name for name, module in model.named_modules() if hasattr(module, "lora_lambda"))
-
-
 @pytest.mark.parametrize("to", ["before", "after"])
 @KINDS
 def test_a_bf16_pipeline_follows_the_float32_one(saved, kind, to):
@@ -232,32 +225,6 @@ def test_hotswapping_is_refused_and_nothing_is_lost(saved, kind):
     prepared.enable_lora_hotswap(target_rank=8)
     with pytest.raises(ValueError, match="enable_lora_hotswap is not supported with T-LoRA"):
         prepared.load_lora_weights(str(saved[kind, "toy"][0]))
-
-
-class Watch:
-    """The timestep of each call of a denoiser, and the active rank that one of its layers saw."""
-
-    def __init__(self, model):
-        self.calls = []
-        layer = model.get_submodule(first_layer(model))
-        self.schedule = layer.lora_variant["toy"].schedule
-        layer.register_forward_hook(self.see)
-
-    def see(self, layer, args, output):
-        timestep = layer.timestep_state.current()
-        rank = timestep.active_rank(self.schedule)
-        self.calls.append((float(torch.as_tensor(timestep.value).max()), int(rank.min())))
-
-
-def assert_masks_follow(watch, scheduler, scale=1.0):
-    expected = [float(t) / scale for t in scheduler.timesteps]
-    seen = [t for t, _ in watch.calls]
-    assert len(seen) >= 2
-    assert seen == pytest.approx(expected[-len(seen) :], rel=1e-5)
-    ranks = [rank for _, rank in watch.calls]
-    assert ranks == [watch.schedule.active_rank(torch.tensor(t)).item() for t in seen]
-    assert ranks == sorted(ranks)
-    assert len(set(ranks)) > 1
 
 
 @pytest.mark.parametrize(

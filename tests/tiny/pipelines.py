@@ -2,6 +2,8 @@
 
 import diffusers
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..conftest import tiny_unet
@@ -87,3 +89,12 @@ def generate(pipeline, steps=4, **kwargs):
 
 def denoiser(pipeline):
     return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
+def save_weights(pipeline, folder):
+    """Save the adapter of a pipeline's denoiser as the scripts of diffusers do."""
+    weights = get_peft_model_state_dict(denoiser(pipeline))
+    kind = "transformer" if hasattr(pipeline, "transformer") else "unet"
+    if kind == "unet":
+        weights = convert_state_dict_to_diffusers(weights)
+    pipeline.save_lora_weights(folder, **{f"{kind}_lora_layers": weights})
