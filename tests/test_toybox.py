@@ -97,5 +97,6 @@ def test_model_follows_held_out_prompts_as_the_gate_recorded(pipeline):
     assert {picture.size for picture in pictures} == {(scenes.SIZE, scenes.SIZE)}
     rates = gate.score(pictures, truth)
     recorded = json.loads((gate.MODEL.parent / "gate.json").read_text())["rates"]["model"]
-    for name in gate.THRESHOLDS:  # 8 prompts: two standard errors of a share are 0.35
-        assert rates[name] >= recorded[name] - 0.35, name
+    for name, limit in gate.THRESHOLDS.items():
+        assert recorded[name] >= limit, name
+        assert rates[name] >= 0.75, name  # of 8 prompts, 2 may fail

@@ -135,7 +135,8 @@ def build_pipeline(
 def _write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Add the two files that transformers 4 reads; version 5 writes ``tokenizer.json`` alone."""
     bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.get_vocab(), ensure_ascii=False))
+    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
 
