@@ -1,6 +1,6 @@
 """Customise a tiny text-to-image model from one picture, with LoRA and with T-LoRA.
 
-    python examples/demo.py [--image PATH] [--prompt "a photo of sks toy"] [--output DIR]
+    python examples/demo.py [--image PATH] [--prompt "a photo of a sks toy"] [--output DIR]
 
 Both adapters get the same picture, seed and number of steps. Afterwards they are reloaded from
 disk and asked for the object at other places, on other backgrounds.
@@ -27,7 +27,8 @@ from tqdm import tqdm
 from peft_tlora import TLoraConfig
 
 CONCEPT = MODEL.parent / "concept.png"
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
+TARGETS = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 METHODS = {
     "lora": lambda: LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS),
     "tlora": lambda: TLoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, init_seed=0),
@@ -39,7 +40,7 @@ SCENES = [
     ("top right", "purple", "checkered"),
     ("bottom left", "black", "striped"),
     ("top right", "green", "plain"),
-    ("bottom left", "white", "dotted"),
+    ("bottom left", "yellow", "dotted"),
 ]
 TILE = 192
 
@@ -125,7 +126,7 @@ def sample(adapter: Path | None, prompts: list[str]) -> list[Image.Image]:
     if adapter:
         # The layers are injected in place, so the pipeline's own denoiser is now adapted.
         PeftModel.from_pretrained(pipeline.unet, str(adapter))
-    return generate(pipeline, prompts, seed=100)
+    return generate(pipeline, prompts, seed=100, guidance=2.5)
 
 
 def follow_rates(pictures: list[Image.Image], given: Image.Image) -> dict[str, float]:
@@ -177,9 +178,9 @@ def main() -> None:
     """Train both adapters, reload them, and compare what they generate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image", type=Path, default=CONCEPT)
-    parser.add_argument("--prompt", default="a photo of sks toy")
+    parser.add_argument("--prompt", default="a photo of a sks toy")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=4, help="pictures a prompt, for the shares")
     args = parser.parse_args()
