@@ -73,6 +73,7 @@ def test_the_public_names_are_exported():
         "TLoraModel",
         "__version__",
         "active_rank",
+        "load_tlora_weights",
         "timestep_context",
     }
     for name in peft_tlora.__all__:
