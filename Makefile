@@ -9,7 +9,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/python examples/demo.py --output "$(OUTPUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
