@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-import peft_tlora  # noqa: F401  lets load_lora_weights recognise the file
+import peft_tlora
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("adapter", help="folder or file of the adapter")
@@ -20,7 +20,7 @@ parser.add_argument("--output", default="toy.png")
 args = parser.parse_args()
 
 pipe = DiffusionPipeline.from_pretrained(args.model)
-pipe.load_lora_weights(args.adapter)
+pipe.load_lora_weights(args.adapter)  # the import lets it recognise the file
 generator = torch.Generator().manual_seed(0)
 pipe(args.prompt, num_inference_steps=args.steps, generator=generator).images[0].save(args.output)
-print(f"wrote {args.output}")
+print(f"wrote {args.output} with peft_tlora {peft_tlora.__version__}")

@@ -8,12 +8,12 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, peft_utils
 from peft import LoraConfig, get_peft_model_state_dict
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from peft_tlora import TLoraConfig
 from peft_tlora.integrations import diffusers as integration
 
 from .conftest import perturb, tiny_unet
+from .tiny.pipelines import text_encoder
 
 TIMES = [torch.tensor(t) for t in (0, 300, 700, 999)]
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
@@ -26,16 +26,7 @@ class Pipeline(StableDiffusionLoraLoaderMixin):
     def __init__(self):
         torch.manual_seed(0)
         self.unet = tiny_unet()
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=20,
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=8,
-            )
-        ).eval()
+        self.text_encoder = text_encoder().eval()
         self.components = {"unet": self.unet, "text_encoder": self.text_encoder}
         self.hf_device_map = None
 

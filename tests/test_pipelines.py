@@ -170,16 +170,16 @@ def test_fuse_lora_warns_that_it_fixes_the_mask_and_unfuse_undoes_it(saved, kind
     torch.testing.assert_close(generate(pipeline), picture, atol=1e-4, rtol=1e-4)
 
 
-@KINDS
-@pytest.mark.parametrize(
-    "mode", ["sequential", "model hooks", "group", "layerwise casting", "slicing and tiling"]
-)
+MODES = ["sequential", "model hooks", "group", "layerwise casting", "slicing and tiling"]
+# accelerate can't offload the tiny Flux sequentially, without an adapter neither
+MODES_OF = [(k, m) for k in MAKE for m in MODES if (k, m) != ("transformer", "sequential")]
+
+
+@pytest.mark.parametrize(("kind", "mode"), MODES_OF)
 def test_memory_modes_give_the_same_picture(saved, kind, mode, tmp_path):
     folder, picture = saved[kind, "toy"]
     pipeline = loaded(folder, kind)
     model = denoiser(pipeline)
-    if mode == "sequential" and kind == "transformer":
-        pytest.skip("accelerate fails on the plain model, too")
     if mode == "sequential":  # what enable_sequential_cpu_offload does to each model
         accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
         assert model.get_submodule(first_layer(model) + ".lora_A.toy").weight.is_meta
