@@ -7,6 +7,7 @@ from .config import TLoraConfig
 from .integrations import diffusers
 from .integrations.diffusers import load_tlora_weights
 from .model import TLoraModel
+from .regularization import orthogonality_loss
 from .schedule import active_rank
 from .timestep import timestep_context
 
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "active_rank",
     "load_tlora_weights",
+    "orthogonality_loss",
     "timestep_context",
 ]
 

@@ -8,8 +8,22 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 _NAME = "TLORA"
+# besides what LoRA's adapters must share: a hotswap exchanges tensors, not the layers' schedules
+_EQUAL_FOR_HOTSWAP = [
+    "r",
+    "rank_pattern",
+    "min_rank",
+    "rank_schedule",
+    "schedule_exponent",
+    "rank_multiple",
+    "num_train_timesteps",
+    "timestep_reversed",
+    "timestep_type",
+    "ortho_init",
+]
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -23,6 +37,7 @@ def register(config_cls: type, model_cls: type) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix  # pyright: ignore[reportAttributeAccessIssue]
+    CONFIG_KEYS_TO_CHECK[peft_type] = CONFIG_KEYS_TO_CHECK[PeftType.LORA] + _EQUAL_FOR_HOTSWAP
 
 
 def _add_member(name: str) -> None:

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .config import TLoraConfig
-from .schedule import decode_schedule
+from .encoding import decode_schedule
+from .schedule import RankSchedule
 
-SCHEDULE = ".lora_schedule"
+SCHEDULE = ".lora_schedule.weight"
 Number = TypeVar("Number", int, float)
 
 
@@ -54,6 +55,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
             schedule.num_train_timesteps,
             schedule.timestep_reversed,
             schedule.timestep_type,
+            schedule.rank_multiple,
             use_rslora,
         )
         for schedule, _, use_rslora in decoded.values()
@@ -65,7 +67,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
     schedule, _, use_rslora = decoded[layers[0]]
     r, rank_pattern = _pattern(ranks)
     lora_alpha, alpha_pattern = _pattern(alphas)
-    ortho = all(f"{layer}.lora_lambda" in state_dict for layer in layers)
+    ortho = all(f"{layer}.lora_lambda.weight" in state_dict for layer in layers)
     return TLoraConfig(
         r=r,
         rank_pattern=rank_pattern,
@@ -73,20 +75,24 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         alpha_pattern=alpha_pattern,
         use_rslora=use_rslora,
         target_modules=layers,
-        min_rank=schedule.min_rank,
-        rank_schedule=schedule.kind,
-        schedule_exponent=schedule.exponent,
-        timestep_type=schedule.timestep_type,
-        **(
-            {
-                "num_train_timesteps": schedule.num_train_timesteps,
-                "timestep_reversed": schedule.timestep_reversed,
-            }
-            if schedule.timestep_type == "linear"
-            else {}
-        ),
+        **schedule_fields(schedule),
         ortho_init="last" if ortho else None,
     )
+
+
+def schedule_fields(schedule: RankSchedule) -> dict[str, Any]:
+    """The fields of a config whose layers of rank `schedule.r` have just this schedule."""
+    fields: dict[str, Any] = {
+        "min_rank": schedule.min_rank,
+        "rank_schedule": schedule.kind,
+        "schedule_exponent": schedule.exponent,
+        "timestep_type": schedule.timestep_type,
+        "rank_multiple": schedule.rank_multiple,
+    }
+    if schedule.timestep_type == "linear":
+        fields["num_train_timesteps"] = schedule.num_train_timesteps
+        fields["timestep_reversed"] = schedule.timestep_reversed
+    return fields
 
 
 def _pattern(values: dict[str, Number]) -> tuple[Number, dict[str, Number]]:

@@ -14,6 +14,7 @@ from .schedule import (
     TimestepType,
     check_choice,
     check_min_rank,
+    check_multiple,
     check_positive,
     check_rank,
 )
@@ -57,6 +58,8 @@ class TLoraConfig(LoraConfig):
             `((1 + cos(pi t / T)) / 2) ** schedule_exponent`, "constant" for all ranks at every
             timestep, whatever `min_rank` says: the control arm of a comparison.
         schedule_exponent: The paper's alpha, above 0.
+        rank_multiple: Ranks that switch on together: the active rank is always a multiple of it, as
+            `r`, those of `rank_pattern` and an int `min_rank` must be.
         ortho_init: Which singular triplets initialise the factors: the "last" (smallest), "middle"
             or "principal" (largest) r; None for Vanilla T-LoRA.
         ortho_source: Whose triplets: of a "random" Gaussian matrix or of the layer's "weight".
@@ -84,6 +87,9 @@ class TLoraConfig(LoraConfig):
     )
     schedule_exponent: float = field(
         default=1.0, metadata={"help": "Exponent of the rank schedule (the paper's alpha)."}
+    )
+    rank_multiple: int = field(
+        default=1, metadata={"help": "The active rank is always a multiple of this."}
     )
     ortho_init: OrthoInit | None = field(
         default="last", metadata={"help": "Which singular triplets initialise the factors."}
@@ -137,6 +143,7 @@ class TLoraConfig(LoraConfig):
             num_train_timesteps=float(num_train_timesteps),
             timestep_reversed=timestep_reversed,
             timestep_type=self.timestep_type or timestep_type,
+            rank_multiple=self.rank_multiple,
         )
 
     def _check_lora_options(self) -> None:
@@ -165,14 +172,15 @@ class TLoraConfig(LoraConfig):
             raise ValueError(f"lora_alpha must be finite and at least 0, got {self.lora_alpha}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
-        check_choice(self.bias, ("none", "all", "lora_only"), "bias")
 
     def _check_schedule(self) -> None:
         check_min_rank(self.min_rank, self.r)
+        check_multiple(self.rank_multiple, self.r, self.min_rank)
         for pattern, r in (self.rank_pattern or {}).items():
             where = f"rank_pattern[{pattern!r}]"
             check_rank(r, where)
             check_min_rank(self.min_rank, r, where)
+            check_multiple(self.rank_multiple, r, self.min_rank, where)
         check_choice(self.rank_schedule, RANK_SCHEDULES, "rank_schedule")
         check_positive(self.schedule_exponent, "schedule_exponent")
         if self.rank_schedule == "constant" and self.schedule_exponent != 1:

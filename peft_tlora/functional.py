@@ -48,6 +48,11 @@ def pair(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
     return torch.cat([first.reshape(split), second.reshape(split)], dim=1).flatten(0, 1)
 
 
+def interleave(rows: Tensor) -> Tensor:
+    """Bring the second half of the rows between the rows of the first half."""
+    return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def delta_weight(down: Tensor, up: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
     """The weight of the update, `up diag(gate) down`, of shape (out, in, *kernel).
 

@@ -1,21 +1,26 @@
 """TLoraModel: PEFT's tuner for T-LoRA."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Embedding
-from torch import nn
+from peft.tuners.lora.layer import Embedding, MultiheadAttention
+from torch import Tensor, nn
 
+from .combination import as_plain_lora, order_by_rank, plan_combination
 from .config import TLoraConfig
 from .denoisers import Denoiser, find_denoiser
+from .dispatch import as_tlora_layer
 from .hooks import connect, disconnect
+from .initialization import add_tlora
 from .integrations.diffusers import refuse_hotswap_preparation
-from .layer import add_tlora, as_tlora_layer
+from .layer import TLoraLayer
 from .orthogonal import derive_seed
+from .regularization import orthogonality_loss
+from .variant import Layer
 
 
 class TLoraModel(LoraModel):
@@ -42,8 +47,16 @@ class TLoraModel(LoraModel):
         seed = getattr(config, "init_seed", None)
         self._base_seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._oversized: list[str] = []
+        self._unmasked: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         connect(model)
+        if self._unmasked:
+            warnings.warn(
+                f"{len(self._unmasked)} layers are of classes registered as custom modules, whose "
+                "adapters compute what the class says and have no T-LoRA mask: "
+                f"{', '.join(self._unmasked)}.",
+                stacklevel=2,
+            )
         if self._oversized:
             warnings.warn(
                 f"r exceeds the smaller dimension of {len(self._oversized)} layers: "
@@ -51,17 +64,46 @@ class TLoraModel(LoraModel):
                 stacklevel=2,
             )
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the factors of T-LoRA adapters can't be combined as those of LoRA are.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter that is a weighted combination of others; see `LoraModel`.
+
+        The result is a Vanilla T-LoRA. "cat" and "linear" (and "ties", "dare_linear", "dare_ties"
+        and "magnitude_prune" likewise) of adapters with the same r and schedule keep the mask: at
+        every timestep the result is PEFT's combination of the masked adapters; "cat" is their exact
+        weighted sum. Of what mixes the ranks ("svd" and all "..._svd") and of adapters with
+        different ranks or schedules, the result has one mask, that of the surrounding
+        `timestep_context`.
+
+        Args:
+            adapters: Names of the adapters.
+            weights: Their weights, which may be negative.
+            adapter_name: Name of the new adapter; nothing happens if it exists.
+            combination_type: How the adapters are combined.
+            **kwargs: As for `LoraModel.add_weighted_adapter`.
 
         Raises:
-            ValueError: Always.
+            ValueError: If the result would have one mask and there is no `timestep_context`, or if
+                PEFT can't combine the adapters.
         """
-        raise ValueError(
-            "add_weighted_adapter is not supported with T-LoRA: each adapter has its own mask. "
-            "Activate several adapters with set_adapter(['a', 'b']), with weights through "
-            "diffusers' set_adapters."
-        )
+        arguments = (adapters, weights, adapter_name, combination_type)
+        if adapter_name in self.peft_config or set(adapters) - self.peft_config.keys():
+            super().add_weighted_adapter(*arguments, **kwargs)  # pyright: ignore[reportArgumentType]
+            return
+        plan = plan_combination(self, self.peft_config, adapters, combination_type)
+        with as_plain_lora(self, self.peft_config, plan):
+            super().add_weighted_adapter(*arguments, **kwargs)  # pyright: ignore[reportArgumentType]
+        order_by_rank(self, adapter_name, plan)
+
+    def orthogonality_loss(self, adapter_names: Iterable[str] | None = None) -> Tensor:
+        """How far the factors are from orthonormal; see `peft_tlora.orthogonality_loss`."""
+        return orthogonality_loss(self, adapter_names)
 
     def _create_and_replace(
         self,
@@ -78,28 +120,51 @@ class TLoraModel(LoraModel):
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
             )
+        layer: Layer = getattr(parent, target_name)
+        custom = tuple(getattr(lora_config, "_custom_modules", None) or ())
+        if custom and isinstance(layer.get_base_layer(), custom):
+            self._unmasked.append(current_key)
+            return
         tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())
-        if tied or isinstance(getattr(parent, target_name), Embedding):
+        if tied or isinstance(layer, Embedding):
             return  # sees no timestep: plain LoRA at full rank
-        layer = as_tlora_layer(getattr(parent, target_name), current_key)
+        layer = self._add_tlora(layer, adapter_name, lora_config, current_key)
         setattr(parent, target_name, layer)
-        found = find_denoiser(self.model, current_key)
+        if isinstance(layer, MultiheadAttention):
+            base = layer.get_base_layer()
+            key = f"{current_key}.out_proj"
+            base.out_proj = self._add_tlora(base.out_proj, adapter_name, lora_config, key)
+
+    def _add_tlora(
+        self, layer: Layer, adapter_name: str, config: TLoraConfig, layer_name: str
+    ) -> Layer:
+        """Turn the adapter that PEFT has just added to a layer into T-LoRA."""
+        layer = as_tlora_layer(layer, layer_name)
+        found = find_denoiser(self.model, layer_name)
         denoiser = Denoiser() if found is None else found[1]
         r = layer.r[adapter_name]
         add_tlora(
             layer,
             adapter_name,
-            lora_config,
-            current_key,
-            lora_config.schedule(
+            config,
+            layer_name,
+            config.schedule(
                 r, denoiser.num_train_timesteps, denoiser.timestep_reversed, denoiser.timestep_type
             ),
             seed=self._base_seed,
-            layout=denoiser.layout(current_key),
+            layout=denoiser.layout(layer_name),
         )
         lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        if lora_config.ortho_init is not None and r > min(lora_A[0].numel(), len(lora_B)):
-            self._oversized.append(current_key)
+        if config.ortho_init is not None and r > min(lora_A[0].numel(), len(lora_B)):
+            self._oversized.append(layer_name)
+        return layer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast as PEFT does; the frozen factors, which it leaves alone, follow the trained ones."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.modules():
+            if isinstance(layer, TLoraLayer) and layer.tlora_variant(adapter_name):
+                layer.cast_frozen(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

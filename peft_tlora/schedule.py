@@ -1,7 +1,6 @@
 """Timestep -> active rank -> mask: the rank schedule of T-LoRA as pure functions of tensors."""
 
 import math
-import struct
 from dataclasses import dataclass
 from typing import Literal, get_args, overload
 
@@ -13,8 +12,6 @@ RANK_SCHEDULES: tuple[str, ...] = get_args(RankScheduleKind)
 TimestepType = Literal["linear", "log_sigma"]
 TIMESTEP_TYPES: tuple[str, ...] = get_args(TimestepType)
 
-_ENCODING_VERSION = 1
-_ENCODING_LENGTH = 10
 _LOG_SIGMA_RANGE = (-4.0, 4.0)  # sigma from 1e-7 to 9e6
 
 
@@ -31,6 +28,7 @@ class RankSchedule:
         timestep_reversed: Whether the model counts time from noise (0) to clean (T).
         timestep_type: "linear" for time that runs from 0 to T, "log_sigma" for 0.25 ln(sigma); None
             for linear time whose values may turn out to be 0.25 ln(sigma).
+        rank_multiple: Ranks that switch on together; `r` and an int `min_rank` are multiples of it.
     """
 
     r: int
@@ -40,13 +38,14 @@ class RankSchedule:
     num_train_timesteps: float = 1000.0
     timestep_reversed: bool = False
     timestep_type: TimestepType | None = "linear"
+    rank_multiple: int = 1
 
     @property
     def r_min(self) -> int:
-        """The rank at pure noise; a fraction is rounded down, but to at least 1."""
+        """The rank at pure noise; a fraction is rounded down, but to at least `rank_multiple`."""
         if isinstance(self.min_rank, int):
             return self.min_rank
-        return max(1, int(self.min_rank * self.r))
+        return max(1, int(self.min_rank * (self.r // self.rank_multiple))) * self.rank_multiple
 
     @overload
     def active_rank(self, timestep: float) -> int: ...
@@ -87,7 +86,9 @@ class RankSchedule:
                 clean = (1 + torch.cos(math.pi * (t / total))) / 2
             case "power":
                 clean = (total - t) / total
-        return torch.floor(clean**self.exponent * (self.r - self.r_min)).long() + self.r_min
+        multiple = self.rank_multiple
+        varying = (self.r - self.r_min) // multiple
+        return torch.floor(clean**self.exponent * varying).long() * multiple + self.r_min
 
 
 @overload
@@ -101,6 +102,7 @@ def active_rank(
     num_train_timesteps: float = ...,
     timestep_reversed: bool = ...,
     timestep_type: TimestepType = ...,
+    rank_multiple: int = ...,
 ) -> int: ...
 @overload
 def active_rank(
@@ -113,6 +115,7 @@ def active_rank(
     num_train_timesteps: float = ...,
     timestep_reversed: bool = ...,
     timestep_type: TimestepType = ...,
+    rank_multiple: int = ...,
 ) -> Tensor: ...
 def active_rank(
     timestep: float | Tensor,
@@ -124,6 +127,7 @@ def active_rank(
     num_train_timesteps: float = 1000.0,
     timestep_reversed: bool = False,
     timestep_type: TimestepType = "linear",
+    rank_multiple: int = 1,
 ) -> int | Tensor:
     """The number of ranks that T-LoRA keeps active at a timestep.
 
@@ -144,6 +148,8 @@ def active_rank(
         timestep_type: "linear" for time that runs from 0 to T; "log_sigma" if `timestep` is
             0.25 ln(sigma), as EDM's schedulers and Stable Video Diffusion have it: then
             sigma / (1 + sigma) takes the place of t / T, whatever T and the direction.
+        rank_multiple: The active rank is a multiple of it: the formula counts groups of so many
+            ranks. `r` and an int `min_rank` must be multiples of it.
 
     Returns:
         An int for a number; for a tensor an int64 tensor of the same shape on the same device.
@@ -154,6 +160,7 @@ def active_rank(
     """
     check_rank(r, "r")
     check_min_rank(min_rank, r)
+    check_multiple(rank_multiple, r, min_rank)
     check_choice(rank_schedule, RANK_SCHEDULES, "rank_schedule")
     check_positive(schedule_exponent, "schedule_exponent")
     check_positive(num_train_timesteps, "num_train_timesteps")
@@ -168,6 +175,7 @@ def active_rank(
         num_train_timesteps,
         timestep_reversed,
         timestep_type,
+        rank_multiple,
     )
     return schedule.active_rank(timestep)
 
@@ -206,6 +214,18 @@ def check_min_rank(min_rank: object, r: int, where: str = "r") -> None:
         )
 
 
+def check_multiple(rank_multiple: object, r: int, min_rank: float, where: str = "r") -> None:
+    """Raise unless `rank_multiple` is an int of at least 1 that divides r and an int min_rank."""
+    check_rank(rank_multiple, "rank_multiple")
+    divided = {where: r} | ({"min_rank": min_rank} if isinstance(min_rank, int) else {})
+    for name, value in divided.items():
+        if value % rank_multiple:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"{name}={value} must be a multiple of rank_multiple={rank_multiple}, the number "
+                "of ranks that switch on together."
+            )
+
+
 def check_choice(value: object, choices: tuple[str, ...], name: str) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
@@ -218,73 +238,3 @@ def check_positive(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value}.")
-
-
-def encode_schedule(schedule: RankSchedule, lora_alpha: float, use_rslora: bool) -> Tensor:
-    """Write a schedule and LoRA's scaling into an int64 tensor of shape (10,).
-
-    Such a tensor travels with the weights, so that a file without config and metadata describes
-    itself. Floats are kept as the bits of their float64, because hosts cast floating-point tensors
-    to the model's dtype but leave integers alone. Layout: version, kind (index in
-    `RANK_SCHEDULES`), exponent, min_rank, whether min_rank is a fraction, num_train_timesteps,
-    timestep_reversed, lora_alpha, use_rslora, timestep_type (index in `TIMESTEP_TYPES`, or
-    -1 for None).
-    """
-    timestep_type = schedule.timestep_type
-    return torch.tensor(
-        [
-            _ENCODING_VERSION,
-            RANK_SCHEDULES.index(schedule.kind),
-            _float_to_bits(schedule.exponent),
-            _float_to_bits(schedule.min_rank),
-            isinstance(schedule.min_rank, float),
-            _float_to_bits(schedule.num_train_timesteps),
-            schedule.timestep_reversed,
-            _float_to_bits(lora_alpha),
-            use_rslora,
-            -1 if timestep_type is None else TIMESTEP_TYPES.index(timestep_type),
-        ],
-        dtype=torch.int64,
-    )
-
-
-def decode_schedule(encoded: Tensor, r: int) -> tuple[RankSchedule, float, bool]:
-    """Inverse of `encode_schedule`: the schedule of a layer of rank `r`, lora_alpha, use_rslora.
-
-    Raises:
-        ValueError: If the tensor isn't a schedule of a known version.
-    """
-    known = encoded.dtype == torch.int64 and encoded.shape == (_ENCODING_LENGTH,)
-    values = encoded.tolist() if known else [0]
-    if (
-        values[0] != _ENCODING_VERSION
-        or not 0 <= values[1] < len(RANK_SCHEDULES)
-        or not -1 <= values[9] < len(TIMESTEP_TYPES)
-    ):
-        raise ValueError(
-            f"lora_schedule must be an int64 tensor of shape ({_ENCODING_LENGTH},) with version "
-            f"{_ENCODING_VERSION} in front, got {encoded.dtype} of shape {tuple(encoded.shape)}: "
-            f"{encoded}. The file is damaged or was written by a newer peft_tlora."
-        )
-    _, kind, exponent, min_rank, is_fraction, total, is_reversed, lora_alpha, use_rslora, type_ = (
-        values
-    )
-    minimum = _bits_to_float(min_rank)
-    schedule = RankSchedule(
-        r=r,
-        min_rank=minimum if is_fraction else int(minimum),
-        kind=RANK_SCHEDULES[kind],  # pyright: ignore[reportArgumentType]
-        exponent=_bits_to_float(exponent),
-        num_train_timesteps=_bits_to_float(total),
-        timestep_reversed=bool(is_reversed),
-        timestep_type=None if type_ == -1 else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
-    )
-    return schedule, _bits_to_float(lora_alpha), bool(use_rslora)
-
-
-def _float_to_bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
-def _bits_to_float(bits: int) -> float:
-    return struct.unpack("<d", struct.pack("<q", bits))[0]

@@ -41,22 +41,45 @@ class TLoraVariant(LoraVariant):
         """Nothing: where PEFT makes an adapter anew under its name, T-LoRA is added afterwards."""
 
     def forward(
-        self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+        self,
+        module: Layer,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        *,
+        samples: list[int] | None = None,
+        batch: int | None = None,
+        **kwargs: object,
     ) -> Tensor:
-        """Add the masked update of `x`, (batch, ..., in) or (batch, in, ...), to `result`."""
+        """Add the masked update of `x`, (batch, ..., in) or (batch, in, ...), to `result`.
+
+        If `x` holds only some samples of the forward's batch, `samples` are their positions and
+        `batch` is the number of all.
+        """
         with weights_in_place(self._holders(module, active_adapter)):
-            return result + self._update(module, active_adapter, x)
+            return result + self._update(module, active_adapter, x, samples, batch)
 
     def delta_weight(self, module: Layer, adapter: str, rank: int | Tensor | None) -> Tensor:
         """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
         with weights_in_place(self._holders(module, adapter)):
-            down, up = self._factors(module, adapter)
+            down, up = self.factors(module, adapter)
             dtype = down.dtype
             if dtype in (torch.float16, torch.bfloat16):
                 down, up = down.float(), up.float()
-            gate = self._mask(module, adapter, rank, down) * module.scaling[adapter]
+            gate = self.mask(module, adapter, rank, down) * module.scaling[adapter]
             delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
         return transpose(delta, getattr(module, "fan_in_fan_out", False))
+
+    def uniform_rank(self, module: Layer) -> int | Tensor | None:
+        """The one rank that a forward has for all samples; None if all are active.
+
+        Raises:
+            ValueError: If the samples have different timesteps.
+        """
+        timestep, rank = self._current_rank(module)
+        if timestep is None or not isinstance(rank, Tensor):
+            return rank
+        return self._one_for_all(timestep, rank, "all samples share its weights")
 
     def context_rank(self, module: Layer) -> int | Tensor | None:
         """The one rank that a merged weight has; None if all are active.
@@ -78,16 +101,41 @@ class TLoraVariant(LoraVariant):
 
     def merge_safe(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight plus the update, whose rank this merge fixes."""
-        return orig_weight + self._fix(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight + self.fix(module, active_adapter).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> None:
         """Add the update, whose rank this merge fixes, to the base weight in place."""
-        orig_weight.data += self._fix(module, active_adapter).to(orig_weight.dtype)
+        orig_weight.data += self.fix(module, active_adapter).to(orig_weight.dtype)
 
     def unmerge(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Take the update out again, at the rank that it was merged with."""
         delta = self.delta_weight(module, active_adapter, self.merged_rank)
         return orig_weight.data - delta.to(orig_weight.dtype)
+
+    def settle(self, module: Layer) -> None:
+        """Take the rank of the context for a merge that begins, and for its undoing."""
+        self.merged_rank = self.context_rank(module)
+        self.warn_of_one_mask(module, "Merging")
+
+    def fix(self, module: Layer, adapter: str) -> Tensor:
+        """The update of a merge, whose rank is that of the context from here on."""
+        self.settle(module)
+        return self.delta_weight(module, adapter, self.merged_rank)
+
+    def has_mask(self, module: Layer) -> bool:
+        """Whether the ranks follow a timestep: those of a model without time are all active."""
+        state = module.timestep_state
+        return self.schedule.kind != "constant" and state is not None and bool(state.denoiser)
+
+    def warn_of_one_mask(self, module: Layer, action: str) -> None:
+        """Say once that an action (a gerund) leaves one mask for all timesteps."""
+        if self.has_mask(module):
+            module.timestep_state.warn_once(
+                action,
+                f"{action} a T-LoRA adapter fixes its mask: from here on the weights don't depend "
+                "on the timestep. The mask is that of the surrounding timestep_context, all ranks "
+                "without one.",
+            )
 
     def follow(self, module: Layer, schedule: RankSchedule) -> None:
         """Take over the schedule of a file, and warn if the config said otherwise."""
@@ -101,41 +149,57 @@ class TLoraVariant(LoraVariant):
 
     def _holders(self, module: Layer, adapter: str) -> Iterator[nn.Module]:
         """The modules that hold the adapter's tensors in a layer."""
-        yield from (module.lora_A[adapter], module.lora_B[adapter], module.lora_lambda)
-        yield from (module.lora_A_init, module.lora_B_init, module.lora_lambda_init)
+        yield from (module.lora_A[adapter], module.lora_B[adapter])
+        if adapter in module.lora_lambda:
+            yield from (module.lora_lambda[adapter], module.lora_lambda_init[adapter])
+            yield from (module.lora_A_init[adapter], module.lora_B_init[adapter])
 
-    def _update(self, module: Layer, adapter: str, x: Tensor) -> Tensor:
+    def _update(
+        self, module: Layer, adapter: str, x: Tensor, samples: list[int] | None, batch: int | None
+    ) -> Tensor:
         """The masked update of `x`."""
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
-        down, up = self._factors(module, adapter)
+        down, up = self.factors(module, adapter)
         x = module.lora_dropout[adapter](x)
         if isinstance(lora_A, _ConvNd):
             hidden = lora_A._conv_forward(x, down, None)
             channel = hidden.dim() - lora_A.weight.dim() + 1
-            gate = self._gate(module, adapter, hidden, channel)
-            return lora_B._conv_forward(hidden * gate, up, None)
-        hidden = nn.functional.linear(x, down)
-        gate = self._gate(module, adapter, hidden, hidden.dim() - 1)
-        return nn.functional.linear(hidden * gate, up)
+        else:
+            hidden = nn.functional.linear(x, down)
+            channel = hidden.dim() - 1
+        rank = self._forward_rank(module, hidden, channel, samples, batch)
+        hidden = hidden * self._gate(module, adapter, rank, hidden, channel)
+        if isinstance(lora_B, _ConvNd):
+            return lora_B._conv_forward(hidden, up, None)
+        return nn.functional.linear(hidden, up)
 
-    def _factors(self, module: Layer, adapter: str) -> tuple[Tensor, Tensor]:
+    def factors(self, module: Layer, adapter: str) -> tuple[Tensor, Tensor]:
         """Down- and up-projection, to be gated in between."""
         q, p = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        r, groups = module.r[adapter], groups_of(module)
+        if len(q) > r:  # PEFT has padded them with zeros for a hotswap
+            if groups > 1:
+                raise ValueError(
+                    f"{self.layer_name} has groups, so its T-LoRA factors can't be padded from r="
+                    f"{r} to {len(q)}; call prepare_model_for_compiled_hotswap without target_rank."
+                )
+            q, p = q[:r], p[:, :r]
         if adapter not in module.lora_lambda:
             return q, p
         return fuse_factors(
             q,
             p,
-            module.lora_lambda[adapter],
-            module.lora_A_init[adapter],
-            module.lora_B_init[adapter],
-            module.lora_lambda_init[adapter],
-            groups_of(module),
+            module.lora_lambda[adapter].weight,
+            module.lora_A_init[adapter].weight,
+            module.lora_B_init[adapter].weight,
+            module.lora_lambda_init[adapter].weight,
+            groups,
         )
 
-    def _mask(self, module: Layer, adapter: str, rank: int | Tensor | None, like: Tensor) -> Tensor:
+    def mask(self, module: Layer, adapter: str, rank: int | Tensor | None, like: Tensor) -> Tensor:
         """The mask of shape (..., ranks) of the factors, with the dtype and device of `like`."""
-        r = module.r[adapter]
+        # PEFT's SVD of a combination leaves fewer ranks in a layer smaller than r
+        r = min(module.r[adapter], len(module.lora_A[adapter].weight))
         if rank is None:
             mask = like.new_ones(r)
         else:
@@ -145,58 +209,65 @@ class TLoraVariant(LoraVariant):
             mask = pair(by_rank, by_rank, groups_of(module)).movedim(0, -1)
         return mask
 
-    def _gate(self, module: Layer, adapter: str, hidden: Tensor, channel: int) -> Tensor:
+    def _gate(
+        self,
+        module: Layer,
+        adapter: str,
+        rank: int | Tensor | None,
+        hidden: Tensor,
+        channel: int,
+    ) -> Tensor:
         """Mask times scaling, broadcastable to `hidden` with its ranks in dimension `channel`."""
-        rank = self._forward_rank(module, hidden, channel)
-        gate = self._mask(module, adapter, rank, hidden) * module.scaling[adapter]
+        gate = self.mask(module, adapter, rank, hidden) * module.scaling[adapter]
         before = channel + 1 - gate.dim() if gate.dim() > 1 else 0
         after = hidden.dim() - 1 - channel
         return gate.reshape(*gate.shape[:-1], *(1,) * before, gate.shape[-1], *(1,) * after)
 
-    def _forward_rank(self, module: Layer, hidden: Tensor, channel: int) -> int | Tensor | None:
-        """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
+    def _current_rank(self, module: Layer) -> tuple[CapturedTimestep | None, int | Tensor | None]:
+        """The timestep of the running forward and its active ranks; None if all are active."""
         state = module.timestep_state
         if state is None or self.schedule.kind == "constant":
-            return None
+            return None, None
         timestep = state.current()
-        if timestep is None:
-            return None
-        rank = state.active_rank(timestep, self.schedule)
-        if isinstance(rank, int) or rank.dim() == 0:
+        return timestep, None if timestep is None else state.active_rank(timestep, self.schedule)
+
+    def _forward_rank(
+        self,
+        module: Layer,
+        hidden: Tensor,
+        channel: int,
+        samples: list[int] | None,
+        batch: int | None,
+    ) -> int | Tensor | None:
+        """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
+        timestep, rank = self._current_rank(module)
+        if timestep is None or not isinstance(rank, Tensor) or rank.dim() == 0:
             return rank
-        rows = hidden.shape[0] if channel > 0 else 1
+        rows = batch if batch is not None else hidden.shape[0] if channel > 0 else 1
         tokens = hidden.shape[1] if channel > 1 else None
+        refusal = (
+            f"it can't tell which of the {rows} rows of its input belong to which of the "
+            f"{rank.shape[0]} samples"
+        )
         if self.layout == "repacked":
-            return self._uniform_rank(timestep, rank, rows)
+            return self._one_for_all(timestep, rank, refusal)
         if self.layout == "sequence_first" and tokens is not None:
             aligned = align_ranks(rank, tokens, rows)
             if aligned is not None and aligned.dim() > 0:
                 aligned = aligned.reshape(tokens, -1).T
         else:
             aligned = align_ranks(rank, rows, tokens)
-        return self._uniform_rank(timestep, rank, rows) if aligned is None else aligned
+        if aligned is None:
+            return self._one_for_all(timestep, rank, refusal)
+        return aligned if samples is None or aligned.dim() == 0 else aligned[samples]
 
-    def _uniform_rank(self, timestep: CapturedTimestep, rank: Tensor, rows: int) -> Tensor:
+    def _one_for_all(self, timestep: CapturedTimestep, rank: Tensor, refusal: str) -> Tensor:
         if timestep.is_uniform():
             return rank.flatten()[0]
         raise ValueError(
-            f"The T-LoRA layer {self.layer_name} can't tell which rows of its input belong to "
-            f"which of the {rank.shape[0]} samples with different timesteps: its first dimension "
-            f"is {rows}. Run it with one timestep for the whole batch, or leave the layer out with "
-            "exclude_modules."
+            f"The T-LoRA layer {self.layer_name} needs one timestep for the whole batch: "
+            f"{refusal}. Run it with one timestep, or leave the layer out with exclude_modules."
         )
-
-    def _fix(self, module: Layer, adapter: str) -> Tensor:
-        self.merged_rank = self.context_rank(module)
-        state = module.timestep_state
-        if state is not None and state.denoiser is not None and self.schedule.kind != "constant":
-            state.warn_once(
-                "merge",
-                "Merging a T-LoRA adapter fixes its mask: from here on the weights don't depend on "
-                "the timestep. The mask is that of the surrounding timestep_context, all ranks "
-                "without one.",
-            )
-        return self.delta_weight(module, adapter, self.merged_rank)
 
 
 def groups_of(module: Layer) -> int:

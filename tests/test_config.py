@@ -102,7 +102,14 @@ def test_other_initialisations_are_refused_with_a_way_out_raises(init):
         ({"init_seed": 1.5}, TypeError, "init_seed must be an int"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite"),
         ({"lora_dropout": 1.5}, ValueError, "lora_dropout must lie in"),
-        ({"bias": "some"}, ValueError, "'none', 'all', 'lora_only'"),
+        ({"rank_multiple": 0}, ValueError, "rank_multiple must be at least 1"),
+        ({"r": 9, "rank_multiple": 2}, ValueError, "r=9 must be a multiple of rank_multiple=2"),
+        ({"min_rank": 3, "rank_multiple": 2}, ValueError, "min_rank=3 must be a multiple"),
+        (
+            {"rank_pattern": {"to_q": 3}, "rank_multiple": 2},
+            ValueError,
+            r"rank_pattern\['to_q'\]=3 must be a multiple",
+        ),
     ],
 )
 def test_bad_values_raise_and_say_what_is_allowed(arguments, error, words):

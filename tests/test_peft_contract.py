@@ -14,10 +14,14 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners import lora
+from peft.tuners.lora.conversion import save_as_lora
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 
 from peft_tlora import TLoraConfig, timestep_context
 from peft_tlora.checkpoint import config_from_state_dict
+from peft_tlora.layer import Linear
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 
@@ -117,15 +121,15 @@ def test_the_names_in_a_file_keep_loras_and_have_its_prefix():
     assert names == {
         "lora_A.weight",
         "lora_B.weight",
-        "lora_lambda",
-        "lora_A_init",
-        "lora_B_init",
-        "lora_lambda_init",
-        "lora_schedule",
+        "lora_lambda.weight",
+        "lora_A_init.weight",
+        "lora_B_init.weight",
+        "lora_lambda_init.weight",
+        "lora_schedule.weight",
     }
     vanilla = get_peft_model_state_dict(adapted(ortho_init=None))
     names = {name.removeprefix("base_model.model.to_q.") for name in vanilla if "to_q" in name}
-    assert names == {"lora_A.weight", "lora_B.weight", "lora_schedule"}
+    assert names == {"lora_A.weight", "lora_B.weight", "lora_schedule.weight"}
 
 
 @pytest.mark.parametrize(
@@ -294,11 +298,6 @@ def test_modules_to_save_and_bias_are_kept(tmp_path):
     assert_same(outputs(loaded.eval()), outputs(model.eval()))
 
 
-def test_weighted_adapters_are_refused():
-    with pytest.raises(ValueError, match="add_weighted_adapter is not supported with T-LoRA"):
-        adapted("one").add_weighted_adapter(["one"], [1.0], "two")
-
-
 # --------------------------------------------------------------------------------------- merge
 
 
@@ -373,3 +372,152 @@ def test_convolutions_merge(t):
             merged = unet.merge_and_unload()
         found = merged(x, torch.tensor(t), e).sample
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+# ---------------------------------------------------- refused, converted, exchanged, extended
+
+
+def test_target_parameters_and_mixed_models_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"target_parameters=.* is not supported with T-LoRA"):
+        TLoraConfig(target_parameters=["to_q.weight"])
+    config = TLoraConfig(r=4, target_modules=TARGETS)
+    with pytest.raises(ValueError, match="'TLORA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(base_model(), config, mixed=True)
+
+
+def test_an_unknown_bias_is_refused_by_peft():
+    with pytest.raises(NotImplementedError, match="Requested bias: some, is not implemented"):
+        get_peft_model(base_model(), TLoraConfig(r=4, target_modules=TARGETS, bias="some"))
+
+
+@pytest.mark.parametrize("t", [None, 1000, 300])
+def test_conversion_to_plain_lora_has_one_mask_and_says_so(tmp_path, t):
+    model = adapted(lora_alpha=6)
+    context = nullcontext() if t is None else timestep_context(model, t)
+    with context, pytest.warns(UserWarning, match="Converting a T-LoRA adapter fixes its mask"):
+        save_as_lora(tmp_path, model, rank=8)
+    plain = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    assert type(plain.peft_config["default"]) is LoraConfig
+    time = [torch.tensor(0 if t is None else t)]
+    assert_close(outputs(plain, time), outputs(model, time), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ortho", ["last", None])
+@pytest.mark.parametrize("compiled_scaling", [False, True])
+def test_hotswap_between_adapters_of_one_schedule(tmp_path, ortho, compiled_scaling):
+    for name, seed in (("one", 1), ("two", 2)):
+        model = get_peft_model(
+            base_model(),
+            TLoraConfig(r=4, min_rank=1, lora_alpha=seed, target_modules=TARGETS, ortho_init=ortho),
+        )
+        perturb(model, seed=seed)
+        model.save_pretrained(tmp_path / name)
+    one, two = (
+        PeftModel.from_pretrained(base_model(), tmp_path / name).eval() for name in ("one", "two")
+    )
+    if compiled_scaling:
+        prepare_model_for_compiled_hotswap(one)
+    assert not torch.allclose(outputs(one)[0], outputs(two)[0])
+    hotswap_adapter(one, tmp_path / "two", adapter_name="default", torch_device="cpu")
+    assert_close(outputs(one), outputs(two), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "other", [{"r": 8}, {"min_rank": 2}, {"rank_schedule": "cosine"}, {"ortho_init": None}]
+)
+def test_hotswap_between_schedules_is_refused_before_anything_changes(tmp_path, other):
+    adapted(**other).save_pretrained(tmp_path)
+    model = adapted()
+    before = outputs(model)
+    with pytest.raises(ValueError, match=f"Configs are incompatible: for {next(iter(other))}"):
+        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
+    assert_same(outputs(model), before)
+
+
+@pytest.mark.parametrize("ortho", ["last", None])
+def test_factors_padded_for_a_hotswap_compute_the_same(tmp_path, ortho):
+    adapted(ortho_init=ortho, lora_alpha=3).save_pretrained(tmp_path)
+    model = adapted(ortho_init=ortho)
+    before = outputs(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    assert len(model.base_model.model.to_q.lora_A["default"].weight) == 6
+    assert_same(outputs(model), before)
+    hotswap_adapter(model, tmp_path, adapter_name="default", torch_device="cpu")
+    assert_same(outputs(model), outputs(adapted(ortho_init=ortho, lora_alpha=3)))
+
+
+def test_a_custom_module_computes_what_its_class_says_and_is_named():
+    class Own(nn.Linear):
+        pass
+
+    class OwnLora(lora.Linear):
+        pass
+
+    model = base_model()
+    model.to_q = Own(8, 8)
+    config = TLoraConfig(r=4, target_modules=TARGETS)
+    config._register_custom_module({Own: OwnLora})
+    with pytest.warns(UserWarning, match="custom modules.* have no T-LoRA mask: to_q"):
+        model = get_peft_model(model, config)
+    assert type(model.base_model.model.to_q) is OwnLora
+    assert type(model.base_model.model.to_out) is Linear
+
+
+# -------------------------------------------------------------------- which layers are adapted
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"target_modules": "all-linear"}, {"time_proj", "to_q", "to_out"}),
+        ({"target_modules": ["to_q", "to_out"], "exclude_modules": ["to_out"]}, {"to_q"}),
+        ({"target_modules": r"to_.*", "exclude_modules": r".*_out"}, {"to_q"}),
+        ({"target_modules": ["to_q"], "modules_to_save": ["to_out"]}, {"to_q"}),
+    ],
+)
+def test_targets_are_chosen_as_by_lora(fields, expected):
+    model = get_peft_model(base_model(), TLoraConfig(r=1, **fields)).base_model.model
+    assert {name for name, module in model.named_modules() if type(module) is Linear} == expected
+
+
+def test_layers_to_transform_and_patterns():
+    blocks = nn.Module()
+    blocks.blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(3)])
+    config = TLoraConfig(
+        r=4,
+        target_modules=["q"],
+        layers_to_transform=[0, 2],
+        layers_pattern="blocks",
+        rank_pattern={r"blocks\.2\.q": 6},
+        alpha_pattern={r"blocks\.2\.q": 3},
+    )
+    inject_adapter_in_model(config, blocks)
+    kinds = [type(block["q"]) for block in blocks.blocks]
+    assert kinds == [Linear, nn.Linear, Linear]
+    layer = blocks.blocks[2]["q"]
+    assert (layer.r["default"], layer.scaling["default"]) == (6, 0.5)
+    assert layer.lora_variant["default"].schedule.r == 6
+
+
+def test_a_state_dict_under_a_wrappers_prefix_loads():
+    class Wrapper(nn.Module):  # as DistributedDataParallel names what it holds
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = adapted()
+    state = get_peft_model_state_dict(model, state_dict=model.state_dict())
+    wrapped = {
+        f"module.{k}": v
+        for k, v in get_peft_model(
+            base_model(), TLoraConfig(r=4, min_rank=1, target_modules=TARGETS)
+        )
+        .state_dict()
+        .items()
+    }
+    assert Wrapper(model).state_dict().keys() == wrapped.keys()
+    stripped = {k.removeprefix("module."): v for k, v in Wrapper(model).state_dict().items()}
+    other = get_peft_model(base_model(), TLoraConfig(r=4, min_rank=1, target_modules=TARGETS))
+    assert not other.load_state_dict(stripped).missing_keys
+    assert_same(outputs(other.eval()), outputs(model))
+    assert all(torch.equal(get_peft_model_state_dict(other)[k], v) for k, v in state.items())

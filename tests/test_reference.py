@@ -53,10 +53,10 @@ def naive_output(layer, x, t, ortho):
     mask[: paper_rank(t)] = 1
     one = torch.ones(R, dtype=torch.float64)
     q, p = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    branches = [(q, layer.lora_lambda["default"] if ortho else one, p, 1)]
+    branches = [(q, layer.lora_lambda["default"].weight if ortho else one, p, 1)]
     if ortho:
         frozen = layer.lora_A_init, layer.lora_lambda_init, layer.lora_B_init
-        branches.append((*(buffers["default"] for buffers in frozen), -1))
+        branches.append((*(factor["default"].weight for factor in frozen), -1))
     base = layer.get_base_layer()
     x = x.double()[None]
 

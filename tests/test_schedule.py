@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peft_tlora import active_rank
-from peft_tlora.schedule import RankSchedule, decode_schedule, encode_schedule, rank_mask
+from peft_tlora.encoding import decode_schedule, encode_schedule
+from peft_tlora.schedule import RankSchedule, rank_mask
 
 
 def paper_rank(t, r, r_min, alpha=1.0, total=1000):
@@ -121,6 +122,8 @@ def test_rank_mask_has_the_first_ranks_active():
         ({"num_train_timesteps": float("inf")}, ValueError, "num_train_timesteps"),
         ({"timestep": float("nan")}, ValueError, "timestep"),
         ({"timestep_type": "edm"}, ValueError, "'linear', 'log_sigma'"),
+        ({"rank_multiple": 3}, ValueError, "r=8 must be a multiple of rank_multiple=3"),
+        ({"rank_multiple": 4, "min_rank": 2}, ValueError, "min_rank=2 must be a multiple"),
     ],
 )
 def test_bad_values_raise(kwargs, error, words):
@@ -128,10 +131,17 @@ def test_bad_values_raise(kwargs, error, words):
         active_rank(**{"timestep": 500, "r": 8, **kwargs})
 
 
+@pytest.mark.parametrize(("min_rank", "single"), [(0.5, 0.5), (3, 1), (0.1, 0.1), (0, 0)])
+def test_ranks_in_groups_follow_the_schedule_of_the_groups(min_rank, single):
+    ts = torch.arange(0, 1001)
+    groups = active_rank(ts, 4, single)
+    assert torch.equal(active_rank(ts, 12, min_rank, rank_multiple=3), 3 * groups)
+
+
 @pytest.mark.parametrize("min_rank", [0.5, 1 / 3, 0, 7])
 @pytest.mark.parametrize("timestep_type", ["linear", "log_sigma", None])
 def test_a_schedule_survives_its_encoding_to_the_bit(min_rank, timestep_type):
-    schedule = RankSchedule(8, min_rank, "cosine", 1 / 3, 1.6377, True, timestep_type)
+    schedule = RankSchedule(8, min_rank, "cosine", 1 / 3, 1.6377, True, timestep_type, 2)
     encoded = encode_schedule(schedule, 1 / 7, use_rslora=True)
     assert decode_schedule(encoded, 8) == (schedule, 1 / 7, True)
     assert type(decode_schedule(encoded, 8)[0].min_rank) is type(min_rank)
@@ -139,7 +149,7 @@ def test_a_schedule_survives_its_encoding_to_the_bit(min_rank, timestep_type):
 
 @pytest.mark.parametrize(
     "damaged",
-    [torch.zeros(10), torch.zeros(10, dtype=torch.int64), torch.ones(9, dtype=torch.int64)],
+    [torch.zeros(11), torch.zeros(11, dtype=torch.int64), torch.ones(9, dtype=torch.int64)],
 )
 def test_a_damaged_schedule_raises(damaged):
     with pytest.raises(ValueError, match="lora_schedule must be an int64 tensor"):

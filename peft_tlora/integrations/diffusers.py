@@ -19,7 +19,7 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..checkpoint import SCHEDULE, config_from_state_dict, is_tlora
+from ..checkpoint import config_from_state_dict, is_tlora
 from ..config import TLoraConfig
 
 _FUNCTION = "_create_lora_config"
@@ -81,7 +81,7 @@ def _refuse_hotswap(
     """
     ending = f".{adapter_name}"
     old = [key for key in model or () if f".lora_A{ending}." in key]
-    if old and (is_tlora(new) or any(key.endswith(SCHEDULE + ending) for key in model or ())):
+    if old and (is_tlora(new) or any(f".lora_schedule{ending}." in key for key in model or ())):
         raise ValueError(
             f"Hotswapping {adapter_name!r} is not supported with T-LoRA, whose adapters hold more "
             "than LoRA's matrices. Load the file under another name and activate it with "
