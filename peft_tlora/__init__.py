@@ -2,9 +2,8 @@
 
 from importlib.metadata import version
 
-from ._registration import register
 from .config import TLoraConfig
-from .integrations import diffusers
+from .integrations import diffusers, peft
 from .integrations.diffusers import load_tlora_weights
 from .model import TLoraModel
 from .regularization import orthogonality_loss
@@ -22,5 +21,5 @@ __all__ = [
     "timestep_context",
 ]
 
-register(TLoraConfig, TLoraModel)
+peft.install(TLoraConfig, TLoraModel)
 diffusers.install()

@@ -5,6 +5,7 @@ T-LoRA layer then takes its place (`peft_tlora.dispatch`), and the masked update
 adapter's variant, which is PEFT's way to change what a LoRA layer computes.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ class TLoraLayer(lora.LoraLayer):
             result[samples] = part.to(result.dtype)
         return result
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and its variant, which PEFT before 0.20 leaves to the next adapter."""
+        super().delete_adapter(adapter_name)
+        self.lora_variant.pop(adapter_name, None)
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -95,9 +101,7 @@ class TLoraLayer(lora.LoraLayer):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return
         base: Any = self.get_base_layer()
-        if isinstance(base, nn.MultiheadAttention):
-            base = base.out_proj
-        device = device or self._get_base_layer_device_and_dtype(base)[0]
+        device = device or next(chain(base.parameters(), base.buffers())).device
         for name in self.adapter_layer_names + self.other_param_names:
             container = getattr(self, name)
             if not isinstance(container, nn.ModuleDict) or adapter_name not in container:
@@ -105,7 +109,7 @@ class TLoraLayer(lora.LoraLayer):
             factor = container[adapter_name]
             if name == "lora_schedule" and factor.weight.is_meta:  # a file of plain LoRA has none
                 self.keep_schedule(adapter_name, variant)
-            elif not any(p.is_meta for p in factor.parameters()):
+            elif not any(t.is_meta for t in chain(factor.parameters(), factor.buffers())):
                 factor.to(device)
 
     def cast_frozen(self, adapter: str) -> None:

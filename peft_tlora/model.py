@@ -22,6 +22,11 @@ from .orthogonal import derive_seed
 from .regularization import orthogonality_loss
 from .variant import Layer
 
+_NO_CONVERSION = (
+    "path_initial_model_for_weight_conversion is not supported with T-LoRA, which never changes "
+    "the base weights; save without it."
+)
+
 
 class TLoraModel(LoraModel):
     """Puts T-LoRA adapters (arXiv 2507.05964) into a model.
@@ -174,10 +179,15 @@ class TLoraModel(LoraModel):
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            "path_initial_model_for_weight_conversion is not supported with T-LoRA, which never "
-            "changes the base weights; save without it."
-        )
+        raise ValueError(_NO_CONVERSION)
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse, where PEFT before 0.21 gets to.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(_NO_CONVERSION)
 
 
 @contextmanager

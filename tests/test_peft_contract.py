@@ -98,6 +98,18 @@ def test_a_bf16_process_reloads_to_the_bit(tmp_path, low_cpu_mem_usage):
     assert_same(run(loaded), run(model))
 
 
+def test_an_adapter_is_saved_without_the_others_and_with_its_biases():
+    model = adapted("one", bias="all")
+    alone = get_peft_model_state_dict(model, adapter_name="one")
+    assert {name for name in alone if "bias" in name} >= {"base_model.model.time_proj.bias"}
+    model.add_adapter("two", TLoraConfig(r=2, target_modules=TARGETS))
+    beside = get_peft_model_state_dict(model, adapter_name="one")
+    assert beside.keys() == alone.keys()
+    assert model.peft_config["one"].peft_type == "TLORA"
+    two = get_peft_model_state_dict(model, adapter_name="two")
+    assert two.keys() == {name for name in alone if "lora_" in name}
+
+
 def test_diffusers_save_and_load_of_an_injected_adapter():
     unet = tiny_unet()
     unet.add_adapter(TLoraConfig(r=4, min_rank=1, target_modules=UNET_TARGETS))
@@ -296,6 +308,17 @@ def test_modules_to_save_and_bias_are_kept(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path)
     assert_same(outputs(loaded.eval()), outputs(model.eval()))
+
+
+def test_the_conversion_to_plain_lora_is_refused(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "initial")
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion is not"):
+        model.save_pretrained(
+            tmp_path / "converted",
+            path_initial_model_for_weight_conversion=str(tmp_path / "initial"),
+        )
+    assert list(model.peft_config) == ["default"]
 
 
 # --------------------------------------------------------------------------------------- merge

@@ -9,7 +9,7 @@ from peft import PeftType
 
 import peft_tlora
 from peft_tlora import TLoraConfig, TLoraModel
-from peft_tlora._registration import register
+from peft_tlora.integrations.peft import register
 
 
 def test_the_type_is_a_member_of_the_enum():
@@ -74,6 +74,7 @@ def test_the_public_names_are_exported():
         "__version__",
         "active_rank",
         "load_tlora_weights",
+        "orthogonality_loss",
         "timestep_context",
     }
     for name in peft_tlora.__all__:
@@ -83,3 +84,23 @@ def test_the_public_names_are_exported():
 def test_unknown_enum_names_still_raise():
     with pytest.raises(ValueError, match="NOTHING"):
         PeftType("NOTHING")
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.22.0", "0.23.0.dev0"])
+def test_an_untested_version_of_peft_warns_once(version):
+    code = (
+        "import warnings, peft\n"
+        f"peft.__version__ = {version!r}\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import peft_tlora\n"
+        "    import peft_tlora.model\n"
+        "texts = [str(w.message) for w in caught if 'is tested with PEFT' in str(w.message)]\n"
+        f"assert len(texts) == 1 and {version!r} in texts[0], texts\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_installed_version_of_peft_does_not_warn():
+    code = "import warnings; warnings.simplefilter('error', UserWarning); import peft_tlora"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,7 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 from torch import Tensor, nn
+
+# classes that diffusers has in every release, but doesn't export
+INNER = {
+    "MultiControlNetUnionModel",
+    "UNetFlatConditionModel",
+    "WuerstchenDiffNeXt",
+    "WuerstchenPrior",
+}
 
 
 @dataclass(frozen=True)
@@ -27,3 +36,10 @@ class Tiny:
     layers: str | None = None
     exclude: str | None = None
     own_masks: bool = True
+
+
+def installed(models: dict[str, Tiny]) -> dict[str, Tiny]:
+    """Those of the classes that the installed diffusers has; each release adds some."""
+    return {
+        name: tiny for name, tiny in models.items() if name in INNER or hasattr(diffusers, name)
+    }

@@ -1,5 +1,6 @@
 """Transformers that make images."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -8,6 +9,11 @@ import torch
 from torch import nn
 
 from . import Tiny
+
+# diffusers 0.36 doesn't have it, and asks for the length of each text
+QWEN_HAS_ZERO_COND_T = (
+    "zero_cond_t" in inspect.signature(diffusers.QwenImageTransformer2DModel).parameters
+)
 
 
 def image_text_inputs(batch):
@@ -391,7 +397,9 @@ def qwen_image(**kwargs):
 
 
 def qwen_image_inputs(batch):
+    lengths = {} if QWEN_HAS_ZERO_COND_T else {"txt_seq_lens": [3] * batch}
     return {
+        **lengths,
         "hidden_states": torch.randn(batch, 8, 16),
         "encoder_hidden_states": torch.randn(batch, 3, 16),
         "encoder_hidden_states_mask": torch.ones(batch, 3, dtype=torch.bool),

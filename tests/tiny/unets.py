@@ -1,21 +1,21 @@
 """U-Nets, and the transformers of the early pipelines."""
 
+import inspect
+
 import diffusers
 import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
-from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import (
     UNetFlatConditionModel,
 )
-from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
-    WuerstchenDiffNeXt,
-)
-from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from torch import nn
 
 from ..conftest import tiny_unet
 from . import Tiny
 
+# diffusers moved their modules, so take them from the pipelines that use them
+WUERSTCHEN = inspect.getmodule(diffusers.WuerstchenDecoderPipeline)
+WUERSTCHEN_PRIOR = inspect.getmodule(diffusers.WuerstchenPriorPipeline)
 SIZES = {
     "block_out_channels": (16, 32),
     "layers_per_block": 1,
@@ -192,7 +192,7 @@ def stable_cascade_inputs(batch):
 
 
 def wuerstchen_prior():
-    model = WuerstchenPrior(c_in=4, c=16, c_cond=16, c_r=8, depth=2, nhead=2)
+    model = WUERSTCHEN_PRIOR.WuerstchenPrior(c_in=4, c=16, c_cond=16, c_r=8, depth=2, nhead=2)
     nn.init.normal_(model.out[1].weight, std=0.02)  # it divides by 1 minus a part of its output
     return model
 
@@ -202,7 +202,7 @@ def wuerstchen_prior_inputs(batch):
 
 
 def wuerstchen_diff_next():
-    return WuerstchenDiffNeXt(
+    return WUERSTCHEN.WuerstchenDiffNeXt(
         c_r=8,
         c_cond=16,
         c_hidden=[16, 16],
@@ -224,7 +224,7 @@ def wuerstchen_diff_next_inputs(batch):
 
 
 def uni_diffuser():
-    return UniDiffuserModel(
+    return diffusers.UniDiffuserModel(
         text_dim=16,
         clip_img_dim=16,
         num_text_tokens=3,

@@ -1,15 +1,11 @@
 """Transformers that make video, audio or proteins."""
 
+import inspect
 import warnings
 from functools import partial
 
 import diffusers
 import torch
-from diffusers.models.transformers import (
-    transformer_anyflow,
-    transformer_kandinsky6,
-    transformer_wan_animate_2,
-)
 
 from . import Tiny
 
@@ -21,6 +17,17 @@ LATENTS = {"in_channels": 4, "out_channels": 4}
 
 def build(name, **config):
     return getattr(diffusers, name)(**config)
+
+
+def accepted(function, **arguments):
+    """Those of some arguments that a class or function of this release of diffusers takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def beside(cls, name):
+    """What the module of a class has beside it; a release without the class has no such module."""
+    return getattr(inspect.getmodule(cls), name)
 
 
 def video_inputs(batch, channels=4, frames=FRAMES, **kwargs):
@@ -148,7 +155,7 @@ def wan(name="WanTransformer3DModel", **kwargs):
 def anyflow_far():
     model = wan("AnyFlowFARTransformer3DModel", full_chunk_limit=1, chunk_partition=(1, FRAMES - 1))
     for block in model.blocks:  # flex attention has no backward on the CPU
-        block.attn1.set_processor(transformer_anyflow.AnyFlowAttnProcessor())
+        block.attn1.set_processor(beside(type(model), "AnyFlowAttnProcessor")())
     return model
 
 
@@ -169,7 +176,7 @@ def cosmos3():
         num_hidden_layers=2,
         num_key_value_heads=1,
         patch_latent_dim=16,
-        rope_axes_dim=(2, 1, 1),
+        rope_scaling={"mrope_section": [2, 1, 1]},
         vocab_size=32,
     )
 
@@ -298,7 +305,7 @@ def kandinsky5_inputs(batch):
 
 def kandinsky6_sr():
     model = kandinsky("Kandinsky6SRTransformer3DModel")
-    attend = transformer_kandinsky6.Kandinsky6AttnProcessor()
+    attend = beside(type(model), "Kandinsky6AttnProcessor")()
     for block in model.visual_transformer_blocks:  # flex attention has no backward on the CPU
         block.self_attention.set_processor(
             lambda attention, x, rope, _: attend(attention, x, None, rope, rope)
@@ -331,6 +338,15 @@ def ltx2(name="LTX2VideoTransformer3DModel", **kwargs):
         audio_cross_attention_dim=12,
         **kwargs,
     )
+
+
+def ltx2_video():
+    cls = diffusers.LTX2VideoTransformer3DModel
+    return ltx2(**accepted(cls, cross_attn_mod=True, audio_cross_attn_mod=True))
+
+
+def ltx2_timestep(t):
+    return accepted(diffusers.LTX2VideoTransformer3DModel.forward, timestep=t, sigma=t)
 
 
 def ltx_inputs(batch, **kwargs):
@@ -475,7 +491,7 @@ def wan_animate2_inputs(batch):
         "hidden_states": list(torch.randn(batch, 4, FRAMES, 4, 4)),
         "encoder_hidden_states": list(torch.randn(batch, TEXT, 16)),
         "condition_latents": list(torch.randn(batch, 4, FRAMES, 4, 4)),
-        "kv_cache": transformer_wan_animate_2.WanAnimate2KVCache(2),
+        "kv_cache": beside(diffusers.WanAnimate2Transformer3DModel, "WanAnimate2KVCache")(2),
         "kv_cache_mode": "extract",
         "seq_len": TOKENS,
         "offset_grid_sizes": torch.tensor([[FRAMES, 2, 2]]),
@@ -716,11 +732,7 @@ MODELS = {
         ),
         lambda batch: kandinsky_inputs(batch, audio_hidden_states=torch.randn(batch, AUDIO, 4)),
     ),
-    "LTX2VideoTransformer3DModel": Tiny(
-        partial(ltx2, cross_attn_mod=True, audio_cross_attn_mod=True),
-        ltx2_inputs,
-        timestep=lambda t: {"timestep": t, "sigma": t},
-    ),
+    "LTX2VideoTransformer3DModel": Tiny(ltx2_video, ltx2_inputs, ltx2_timestep),
     "LTXVideoTransformer3DModel": Tiny(ltx, ltx_inputs),
     "LatteTransformer3DModel": Tiny(latte, video_inputs),
     "LongCatAudioDiTTransformer": Tiny(longcat_audio, longcat_audio_inputs),

@@ -1,0 +1,131 @@
+"""The contact with PEFT: its registry, its versions, and what its older versions lack."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+from packaging.version import Version
+from peft import PeftType
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora import LoraModel
+from peft.utils import save_and_load
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from torch import Tensor
+
+from ..config import TLoraConfig
+from ..timestep import HasTimestepState
+
+_TESTED = ("0.18.1", "0.22")  # from, and below
+_NAME = "TLORA"
+# besides what LoRA's adapters must share: a hotswap exchanges tensors, not the layers' schedules
+_EQUAL_FOR_HOTSWAP = [
+    "r",
+    "rank_pattern",
+    "min_rank",
+    "rank_schedule",
+    "schedule_exponent",
+    "rank_multiple",
+    "num_train_timesteps",
+    "timestep_reversed",
+    "timestep_type",
+    "ortho_init",
+]
+_FUNCTION = "get_peft_model_state_dict"
+
+
+def install(config_cls: type, model_cls: type) -> None:
+    """Make PEFT know T-LoRA, and warn of a version that nobody has tested."""
+    register(config_cls, model_cls)
+    _let_old_versions_save()
+    first, end = map(Version, _TESTED)
+    if not first <= Version(peft.__version__) < end:
+        warnings.warn(
+            f"peft_tlora is tested with PEFT from {first} to below {end}, but {peft.__version__} "
+            "is installed: a part of PEFT that it relies on may have changed.",
+            stacklevel=3,
+        )
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make PEFT know T-LoRA. A repeated call, as after a reload, puts the newest classes in.
+
+    PEFT's own `register_peft_method` refuses names outside of its enum and refuses to run twice.
+    """
+    if _NAME not in PeftType.__members__:
+        _add_member(_NAME)
+    peft_type = PeftType[_NAME]
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix  # pyright: ignore[reportAttributeAccessIssue]
+    CONFIG_KEYS_TO_CHECK[peft_type] = CONFIG_KEYS_TO_CHECK[PeftType.LORA] + _EQUAL_FOR_HOTSWAP
+
+
+def _add_member(name: str) -> None:
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    # before the map knows the name: afterwards the enum refuses to set it
+    setattr(PeftType, name, member)
+    PeftType._member_map_[name] = member  # pyright: ignore[reportAttributeAccessIssue]
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = member
+
+
+def _let_old_versions_save() -> None:
+    """Let PEFT before 0.21 find all weights of a T-LoRA adapter, and no others, once.
+
+    For a type that it doesn't know it leaves the biases out and, up to 0.19, takes the weights of
+    the model's other adapters, too.
+    """
+    original = getattr(save_and_load, _FUNCTION)
+    if hasattr(LoraModel, "_get_adapter_state_dict") or hasattr(original, "__wrapped__"):
+        return
+    wrapped = _wrap(original)
+    for module in list(sys.modules.values()):  # each that imported the function by its name
+        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
+            setattr(module, _FUNCTION, wrapped)
+
+
+def _wrap(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    @functools.wraps(original)
+    def get_state_dict(
+        model: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        config = model.peft_config[adapter_name]
+        if not isinstance(config, TLoraConfig):
+            return original(model, state_dict, adapter_name, *args, **kwargs)
+        everything = model.state_dict() if state_dict is None else state_dict
+        others = [f".{name}." for name in model.peft_config if name != adapter_name]
+        own = {
+            key: tensor
+            for key, tensor in everything.items()
+            if not any(other in f"{key}." for other in others)
+        }
+        found = original(model, own, adapter_name, *args, **kwargs)
+        return found | {key: own[key] for key in _biases(model, config.bias, own)}
+
+    return get_state_dict
+
+
+def _biases(model: Any, bias: str, state_dict: dict[str, Tensor]) -> Iterator[str]:
+    """Names of the biases that an adapter trains."""
+    if bias == "all":
+        yield from (key for key in state_dict if f".{key}".endswith(".bias"))
+    elif bias == "lora_only":
+        for name, module in model.named_modules():
+            key = f"{name}.base_layer.bias"
+            if isinstance(module, HasTimestepState) and key in state_dict:
+                yield key
