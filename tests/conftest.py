@@ -1,6 +1,11 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
+
+# what the installed PEFT doesn't have yet
+collect_ignore = [] if find_spec("peft.tuners.lora.conversion") else ["test_conversion.py"]
 
 
 @pytest.fixture(autouse=True)

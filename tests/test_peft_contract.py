@@ -15,7 +15,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners import lora
-from peft.tuners.lora.conversion import save_as_lora
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 
@@ -413,18 +412,6 @@ def test_an_unknown_bias_is_refused_by_peft():
         get_peft_model(base_model(), TLoraConfig(r=4, target_modules=TARGETS, bias="some"))
 
 
-@pytest.mark.parametrize("t", [None, 1000, 300])
-def test_conversion_to_plain_lora_has_one_mask_and_says_so(tmp_path, t):
-    model = adapted(lora_alpha=6)
-    context = nullcontext() if t is None else timestep_context(model, t)
-    with context, pytest.warns(UserWarning, match="Converting a T-LoRA adapter fixes its mask"):
-        save_as_lora(tmp_path, model, rank=8)
-    plain = PeftModel.from_pretrained(base_model(), tmp_path).eval()
-    assert type(plain.peft_config["default"]) is LoraConfig
-    time = [torch.tensor(0 if t is None else t)]
-    assert_close(outputs(plain, time), outputs(model, time), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("ortho", ["last", None])
 @pytest.mark.parametrize("compiled_scaling", [False, True])
 def test_hotswap_between_adapters_of_one_schedule(tmp_path, ortho, compiled_scaling):
@@ -504,8 +491,8 @@ def test_targets_are_chosen_as_by_lora(fields, expected):
 
 
 def test_layers_to_transform_and_patterns():
-    blocks = nn.Module()
-    blocks.blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(3)])
+    blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(3)])
+    model = nn.ModuleDict({"inner": nn.ModuleDict({"blocks": blocks})})
     config = TLoraConfig(
         r=4,
         target_modules=["q"],
@@ -514,10 +501,10 @@ def test_layers_to_transform_and_patterns():
         rank_pattern={r"blocks\.2\.q": 6},
         alpha_pattern={r"blocks\.2\.q": 3},
     )
-    inject_adapter_in_model(config, blocks)
-    kinds = [type(block["q"]) for block in blocks.blocks]
+    inject_adapter_in_model(config, model)
+    kinds = [type(block["q"]) for block in blocks]
     assert kinds == [Linear, nn.Linear, Linear]
-    layer = blocks.blocks[2]["q"]
+    layer = blocks[2]["q"]
     assert (layer.r["default"], layer.scaling["default"]) == (6, 0.5)
     assert layer.lora_variant["default"].schedule.r == 6
 

@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load, save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -141,6 +142,14 @@ def _write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
 
 
+def _prefix_weights(file: Path) -> None:
+    """Name the text encoder's weights as transformers 4 has them; newer versions read both."""
+    weights = load(file.read_bytes())
+    names = {name: f"text_model.{name.removeprefix('text_model.')}" for name in weights}
+    renamed = {names[name]: weight for name, weight in weights.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
 def export(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the fp16 pipeline folder, replacing an older one only when complete.
 
@@ -154,5 +163,6 @@ def export(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     # float32 denoiser, because its default dtype is the stored one and diffusers' is float32.
     pipeline.save_pretrained(partial, safe_serialization=True)
     _write_vocabulary(pipeline.tokenizer, partial / "tokenizer")
+    _prefix_weights(partial / "text_encoder" / "model.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

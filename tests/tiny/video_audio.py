@@ -305,7 +305,7 @@ def kandinsky5_inputs(batch):
 
 def kandinsky6_sr():
     model = kandinsky("Kandinsky6SRTransformer3DModel")
-    attend = beside(type(model), "Kandinsky6AttnProcessor")()
+    attend = beside(diffusers.Kandinsky6Transformer3DModel, "Kandinsky6AttnProcessor")()
     for block in model.visual_transformer_blocks:  # flex attention has no backward on the CPU
         block.self_attention.set_processor(
             lambda attention, x, rope, _: attend(attention, x, None, rope, rope)
