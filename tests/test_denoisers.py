@@ -148,7 +148,7 @@ def test_layers_that_mix_the_samples_take_one_timestep_only(make, inputs, layer)
     model = adapted(tiny)
     with torch.no_grad():
         call(model, tiny, torch.tensor([0.3, 0.3]))
-        with pytest.raises(ValueError, match="can't tell which rows"):
+        with pytest.raises(ValueError, match="needs one timestep for the whole batch"):
             call(model, tiny, torch.tensor([0.3, 0.4]))
 
 
