@@ -106,10 +106,7 @@ class PackingDenoiser(TinyDenoiser):
 
 def test_rows_that_match_no_sample_raise_and_name_the_layer():
     model, x = adapted(PackingDenoiser()), torch.randn(2, 3, 8)
-    with pytest.raises(
-        ValueError,
-        match=r"layer to_q needs one timestep .* 1 rows of its input belong to which of the 2 samples",
-    ):
+    with pytest.raises(ValueError, match=r"layer to_q needs one .* 1 rows .* of the 2 samples"):
         model(x, torch.tensor([1000, 200]))
     uniform = ranks_seen(model, x, torch.tensor([1000, 1000]))
     assert set(uniform.values()) == {1}
