@@ -53,6 +53,21 @@ def interleave(rows: Tensor) -> Tensor:
     return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
+def add_product(result: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """`result + hidden up^T`, in one pass over the result where the dtypes allow it.
+
+    Args:
+        result: Shape (..., out).
+        hidden: Shape (..., ranks).
+        up: Shape (out, ranks).
+    """
+    fits = result.dim() > 1 and result.dtype == hidden.dtype == up.dtype
+    if not fits or torch.is_autocast_enabled(result.device.type):
+        return result + torch.nn.functional.linear(hidden, up)
+    rows = result.flatten(0, -2), hidden.flatten(0, -2)
+    return torch.addmm(*rows, up.mT).view_as(result)
+
+
 def delta_weight(down: Tensor, up: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
     """The weight of the update, `up diag(gate) down`, of shape (out, in, *kernel).
 

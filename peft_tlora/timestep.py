@@ -6,7 +6,7 @@ One `TimestepState` serves one denoiser. Its value is set by the denoiser's forw
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from numbers import Real
@@ -47,6 +47,7 @@ class CapturedTimestep:
         self.is_log_sigma: Tensor | None = None  # what the values tell, if they are to tell it
         self.checked = False
         self._active: dict[RankSchedule, int | Tensor] = {}
+        self._shared: dict[Hashable, Tensor] = {}
         self._uniform: bool | None = None
 
     def active_rank(self, schedule: RankSchedule) -> int | Tensor:
@@ -56,6 +57,15 @@ class CapturedTimestep:
         if schedule not in self._active:
             self._active[schedule] = self._active_rank(schedule)
         return self._active[schedule]
+
+    def shared(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, made once for each key in this forward."""
+        if torch.compiler.is_compiling():
+            return make()
+        key = (key, torch.is_inference_mode_enabled())  # its tensors can't be used in training
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def _active_rank(self, schedule: RankSchedule) -> int | Tensor:
         rank = schedule.active_rank(self.value)

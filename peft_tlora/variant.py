@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .denoisers import Layout
-from .functional import align_ranks, delta_weight, fuse_factors, pair
+from .functional import add_product, align_ranks, delta_weight, fuse_factors, pair
 from .integrations.offload import weights_in_place
 from .schedule import RankSchedule, rank_mask
 from .timestep import CapturedTimestep
@@ -57,7 +57,19 @@ class TLoraVariant(LoraVariant):
         `batch` is the number of all.
         """
         with weights_in_place(self._holders(module, active_adapter)):
-            return result + self._update(module, active_adapter, x, samples, batch)
+            lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            down, up = self.factors(module, active_adapter)
+            x = module.lora_dropout[active_adapter](x)
+            if isinstance(lora_A, _ConvNd):
+                hidden = lora_A._conv_forward(x, down, None)
+                channel = hidden.dim() - lora_A.weight.dim() + 1
+            else:
+                hidden = nn.functional.linear(x, down)
+                channel = hidden.dim() - 1
+            hidden = hidden * self._gate(module, active_adapter, hidden, channel, samples, batch)
+            if isinstance(lora_B, _ConvNd):
+                return result + lora_B._conv_forward(hidden, up, None)
+            return add_product(result, hidden, up)
 
     def delta_weight(self, module: Layer, adapter: str, rank: int | Tensor | None) -> Tensor:
         """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
@@ -154,25 +166,6 @@ class TLoraVariant(LoraVariant):
             yield from (module.lora_lambda[adapter], module.lora_lambda_init[adapter])
             yield from (module.lora_A_init[adapter], module.lora_B_init[adapter])
 
-    def _update(
-        self, module: Layer, adapter: str, x: Tensor, samples: list[int] | None, batch: int | None
-    ) -> Tensor:
-        """The masked update of `x`."""
-        lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
-        down, up = self.factors(module, adapter)
-        x = module.lora_dropout[adapter](x)
-        if isinstance(lora_A, _ConvNd):
-            hidden = lora_A._conv_forward(x, down, None)
-            channel = hidden.dim() - lora_A.weight.dim() + 1
-        else:
-            hidden = nn.functional.linear(x, down)
-            channel = hidden.dim() - 1
-        rank = self._forward_rank(module, hidden, channel, samples, batch)
-        hidden = hidden * self._gate(module, adapter, rank, hidden, channel)
-        if isinstance(lora_B, _ConvNd):
-            return lora_B._conv_forward(hidden, up, None)
-        return nn.functional.linear(hidden, up)
-
     def factors(self, module: Layer, adapter: str) -> tuple[Tensor, Tensor]:
         """Down- and up-projection, to be gated in between."""
         q, p = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -213,15 +206,32 @@ class TLoraVariant(LoraVariant):
         self,
         module: Layer,
         adapter: str,
-        rank: int | Tensor | None,
         hidden: Tensor,
         channel: int,
+        samples: list[int] | None,
+        batch: int | None,
     ) -> Tensor:
-        """Mask times scaling, broadcastable to `hidden` with its ranks in dimension `channel`."""
-        gate = self.mask(module, adapter, rank, hidden) * module.scaling[adapter]
-        before = channel + 1 - gate.dim() if gate.dim() > 1 else 0
-        after = hidden.dim() - 1 - channel
-        return gate.reshape(*gate.shape[:-1], *(1,) * before, gate.shape[-1], *(1,) * after)
+        """Mask times scaling, broadcastable to `hidden` with its ranks in dimension `channel`.
+
+        It is made once a forward for all layers in which it is the same.
+        """
+        scaling = module.scaling[adapter]
+        timestep, rank = self._current_rank(module)
+
+        def make() -> Tensor:
+            aligned = self._align(timestep, rank, hidden, channel, samples, batch)
+            gate = self.mask(module, adapter, aligned, hidden) * scaling
+            before = channel + 1 - gate.dim() if gate.dim() > 1 else 0
+            after = hidden.dim() - 1 - channel
+            return gate.reshape(*gate.shape[:-1], *(1,) * before, gate.shape[-1], *(1,) * after)
+
+        # a tensor of prepare_model_for_compiled_hotswap changes its value
+        if timestep is None or samples is not None or isinstance(scaling, Tensor):
+            return make()
+        ranks = hidden.shape[channel]
+        layout = (self.layout, channel, hidden.dim(), *hidden.shape[:2])
+        kind = (ranks, adapter in module.lora_lambda, groups_of(module), hidden.dtype)
+        return timestep.shared((self.schedule, scaling, *layout, *kind, hidden.device), make)
 
     def _current_rank(self, module: Layer) -> tuple[CapturedTimestep | None, int | Tensor | None]:
         """The timestep of the running forward and its active ranks; None if all are active."""
@@ -231,16 +241,16 @@ class TLoraVariant(LoraVariant):
         timestep = state.current()
         return timestep, None if timestep is None else state.active_rank(timestep, self.schedule)
 
-    def _forward_rank(
+    def _align(
         self,
-        module: Layer,
+        timestep: CapturedTimestep | None,
+        rank: int | Tensor | None,
         hidden: Tensor,
         channel: int,
         samples: list[int] | None,
         batch: int | None,
     ) -> int | Tensor | None:
         """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
-        timestep, rank = self._current_rank(module)
         if timestep is None or not isinstance(rank, Tensor) or rank.dim() == 0:
             return rank
         rows = batch if batch is not None else hidden.shape[0] if channel > 0 else 1

@@ -8,7 +8,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_tlora import TLoraConfig, active_rank, recomputation, timestep_context
+from peft_tlora import TLoraConfig, active_rank, recomputation, timestep_context, variant
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 
@@ -565,3 +565,24 @@ def test_a_context_on_the_wrong_thing_raises():
         timestep_context("pipe", 0),
     ):
         pass
+
+
+def test_a_mask_is_made_once_a_forward_for_all_layers_that_share_it(monkeypatch):
+    made = []
+    original = variant.rank_mask
+    monkeypatch.setattr(variant, "rank_mask", lambda *args: made.append(args) or original(*args))
+    model = get_peft_model(
+        TinyDenoiser(),
+        TLoraConfig(
+            r=4, target_modules=["time_proj", "to_q", "to_out"], rank_pattern={"time_proj": 1}
+        ),
+    )
+    x = torch.randn(2, 3, 8)
+    for t in (torch.tensor([900, 100]), torch.tensor([100, 900])):
+        made.clear()
+        model(x, t)
+        assert len(made) == 2  # of rank 1 and of rank 4
+    model.base_model.model.to_q.scaling["default"] = 0.5
+    made.clear()
+    model(x, torch.tensor([900, 100]))
+    assert len(made) == 3
