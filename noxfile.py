@@ -19,7 +19,7 @@ nox.options.error_on_missing_interpreters = True
 
 
 @nox.session
-@nox.parametrize("version", VERSIONS, ids=VERSIONS)
+@nox.parametrize("version", list(VERSIONS), ids=list(VERSIONS))
 def tests(session: nox.Session, version: str) -> None:
     """Run the suite with one version of PEFT; quantised bases by stand-ins only."""
     lines = Path("constraints-cpu.txt").read_text()
