@@ -1,5 +1,6 @@
 """T-LoRA on nn.MultiheadAttention, whose projections have no forward of their own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .layer import TLoraLayer
-from .variant import Layer
+from .variant import Layer, TLoraVariant
 
 _IN, _OUT = "in_proj_weight", "out_proj.base_layer.weight"
 
@@ -37,7 +38,10 @@ class MultiheadAttention(TLoraLayer, lora.MultiheadAttention):
         base = self.get_base_layer()
         weights: dict[str, Tensor] = dict(zip((_IN, _OUT), self._weights(), strict=True))
         for name in names:
-            for key, update in zip(weights, self._updates(name, forward=True), strict=True):
+            updates = self._updates(
+                name, lambda v, layer, name=name: v.delta_weight(layer, name, v.uniform_rank(layer))
+            )
+            for key, update in zip(weights, updates, strict=True):
                 weights[key] = weights[key] + update.to(weights[key].dtype)
         output, attention = functional_call(base, weights, (query, *args), kwargs)
         return output.to(query.dtype), None if attention is None else attention.to(query.dtype)
@@ -46,7 +50,8 @@ class MultiheadAttention(TLoraLayer, lora.MultiheadAttention):
         """Merge adapters, all active ones if no names are given, into the base weights."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
-                self._add(name, 1, check=safe_merge)
+                updates = self._updates(name, lambda v, layer, name=name: v.fix(layer, name))
+                self._add(name, updates, check=safe_merge)
                 self.merged_adapters.append(name)
                 self._out_proj.merged_adapters.append(name)
 
@@ -56,7 +61,10 @@ class MultiheadAttention(TLoraLayer, lora.MultiheadAttention):
             name = self.merged_adapters.pop()
             self._out_proj.merged_adapters.remove(name)
             if name in self.lora_A:
-                self._add(name, -1)
+                updates = self._updates(
+                    name, lambda v, layer, name=name: v.delta_weight(layer, name, v.merged_rank)
+                )
+                self._add(name, [-update for update in updates])
 
     @property
     def _out_proj(self) -> Layer:
@@ -68,27 +76,22 @@ class MultiheadAttention(TLoraLayer, lora.MultiheadAttention):
         base: Any = self.get_base_layer()
         return base.in_proj_weight, self._out_proj.get_base_layer().weight
 
-    def _updates(self, name: str, *, forward: bool = False, sign: int = 1) -> list[Tensor]:
-        """Updates of the input and the output projection."""
+    def _updates(self, name: str, masked: Callable[[TLoraVariant, Layer], Tensor]) -> list[Tensor]:
+        """Updates of the input and the output projection; those of T-LoRA as `masked` has them."""
         updates = []
         for layer in (self, self._out_proj):
             variant = layer.tlora_variant(name)
-            if variant is None:
+            if variant is not None:
+                updates.append(masked(variant, layer))
+            else:
                 update = layer.get_delta_weight(name)
                 updates.append(update if layer is self else 2 * update)
-            elif forward:
-                updates.append(variant.delta_weight(layer, name, variant.uniform_rank(layer)))
-            elif sign > 0:
-                updates.append(variant.fix(layer, name))
-            else:
-                updates.append(variant.delta_weight(layer, name, variant.merged_rank))
         return updates
 
     @torch.no_grad()
-    def _add(self, name: str, sign: int, check: bool = False) -> None:
+    def _add(self, name: str, updates: list[Tensor], check: bool = False) -> None:
         weights = self._weights()
-        updates = self._updates(name, sign=sign)
-        merged = [w + sign * u.to(w.dtype) for w, u in zip(weights, updates, strict=True)]
+        merged = [w + update.to(w.dtype) for w, update in zip(weights, updates, strict=True)]
         if check and not all(weight.isfinite().all() for weight in merged):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
