@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .layer import TLoraLayer
-from .variant import Layer, TLoraVariant
+from .ranks import Layer
+from .variant import TLoraVariant
 
 _IN, _OUT = "in_proj_weight", "out_proj.base_layer.weight"
 
@@ -39,7 +40,8 @@ class MultiheadAttention(TLoraLayer, lora.MultiheadAttention):
         weights: dict[str, Tensor] = dict(zip((_IN, _OUT), self._weights(), strict=True))
         for name in names:
             updates = self._updates(
-                name, lambda v, layer, name=name: v.delta_weight(layer, name, v.uniform_rank(layer))
+                name,
+                lambda v, layer, name=name: v.delta_weight(layer, name, v.ranks.uniform(layer)),
             )
             for key, update in zip(weights, updates, strict=True):
                 weights[key] = weights[key] + update.to(weights[key].dtype)

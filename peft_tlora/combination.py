@@ -20,8 +20,8 @@ from .checkpoint import schedule_fields
 from .config import TLoraConfig
 from .functional import interleave
 from .layer import Factor, TLoraLayer
+from .ranks import Layer, groups_of
 from .schedule import RankSchedule
-from .variant import Layer, groups_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plan_combination(
         if (variant := layer.tlora_variant(name))
     ]
     columns = 2 if any(name in layer.lora_lambda for layer, name, _ in found) else 1
-    schedules = {variant.schedule for _, _, variant in found}
+    schedules = {variant.ranks.schedule for _, _, variant in found}
     grouped = any(groups_of(layer) > 1 for layer, _, _ in found)
     uneven = any(configs[name].rank_pattern for name in adapters)
     if combination_type.endswith("svd"):
@@ -92,7 +92,7 @@ def plan_combination(
     else:
         schedule = next(iter(schedules), None)
         return Combination(adapters, combination_type, schedule, columns)
-    masked = [variant.has_mask(layer) for layer, _, variant in found]
+    masked = [variant.ranks.follow_timestep(layer) for layer, _, variant in found]
     chosen = [layer.timestep_state.context is not None for layer, _, _ in found]  # pyright: ignore[reportOptionalMemberAccess]
     if any(has and not is_chosen for has, is_chosen in zip(masked, chosen, strict=True)):
         raise ValueError(
@@ -197,9 +197,9 @@ def _plain_factors(layer: Layer, adapter: str, combination: Combination) -> tupl
     if variant is None:
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     else:
-        down, up = variant.factors(layer, adapter)
+        down, up = variant.factors(layer, adapter).fused(groups_of(layer))
         if combination.schedule is None:
-            mask = variant.mask(layer, adapter, variant.context_rank(layer), down)
+            mask = variant.ranks.mask(layer, adapter, variant.ranks.of_context(layer), down)
             down = down * mask.view(-1, *(1,) * (down.dim() - 1))
         if adapter in layer.lora_lambda:
             if groups_of(layer) > 1:

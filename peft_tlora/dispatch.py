@@ -6,7 +6,7 @@ from torch import nn
 from .attention import MultiheadAttention
 from .layer import FROZEN, Conv1d, Conv2d, Conv3d, Linear, TLoraLayer
 from .quantized import quantized_class
-from .variant import Layer
+from .ranks import Layer
 
 _LAYER_CLASSES: dict[type, type[TLoraLayer]] = {
     lora.Linear: Linear,

@@ -1,7 +1,51 @@
 """The masked low-rank update as pure functions; forward, merge and export share them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+
+class Factors(NamedTuple):
+    """The tensors of one adapter in one layer; the last four are None for Vanilla T-LoRA.
+
+    Args:
+        q: Trained down-projection of shape (r, in, *kernel).
+        p: Trained up-projection of shape (out, r / groups, *ones).
+        lam: Trained singular values of shape (r,).
+        q0: Frozen initial value of `q`.
+        p0: Frozen initial value of `p`.
+        lam0: Frozen initial value of `lam`.
+    """
+
+    q: Tensor
+    p: Tensor
+    lam: Tensor | None = None
+    q0: Tensor | None = None
+    p0: Tensor | None = None
+    lam0: Tensor | None = None
+
+    def first(self, ranks: int) -> "Factors":
+        """The factors of the first ranks of an adapter without groups."""
+        q, p, lam, q0, p0, lam0 = self
+        if lam is None or q0 is None or p0 is None or lam0 is None:
+            return Factors(q[:ranks], p[:, :ranks])
+        return Factors(
+            q.narrow(0, 0, ranks),
+            p.narrow(1, 0, ranks),
+            lam.narrow(0, 0, ranks),
+            q0.narrow(0, 0, ranks),
+            p0.narrow(1, 0, ranks),
+            lam0.narrow(0, 0, ranks),
+        )
+
+    def fused(self, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """Down- and up-projection, to be gated in between; see `fuse_factors`."""
+        q, p, lam, q0, p0, lam0 = self
+        if lam is None or q0 is None or p0 is None or lam0 is None:
+            return q, p
+        return fuse_factors(q, p, lam, q0, p0, lam0, groups)
 
 
 def fuse_factors(
@@ -53,19 +97,19 @@ def interleave(rows: Tensor) -> Tensor:
     return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def add_product(result: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
-    """`result + hidden up^T`, in one pass over the result where the dtypes allow it.
+def add_product(result: Tensor, hidden: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+    """`result + scale hidden up^T`, in one pass over the result if all have one dtype.
 
     Args:
         result: Shape (..., out).
         hidden: Shape (..., ranks).
         up: Shape (out, ranks).
+        scale: A factor of the product.
     """
-    fits = result.dim() > 1 and result.dtype == hidden.dtype == up.dtype
-    if not fits or torch.is_autocast_enabled(result.device.type):
-        return result + torch.nn.functional.linear(hidden, up)
+    if result.dim() < 2 or not result.dtype == hidden.dtype == up.dtype:
+        return torch.add(result, linear(hidden, up), alpha=scale)
     rows = result.flatten(0, -2), hidden.flatten(0, -2)
-    return torch.addmm(*rows, up.mT).view_as(result)
+    return torch.addmm(*rows, up.mT, alpha=scale).view_as(result)
 
 
 def delta_weight(down: Tensor, up: Tensor, gate: Tensor, groups: int = 1) -> Tensor:
@@ -80,6 +124,14 @@ def delta_weight(down: Tensor, up: Tensor, gate: Tensor, groups: int = 1) -> Ten
     gated = gate.reshape(-1, 1) * down.flatten(1)
     delta = up.flatten(1).unflatten(0, (groups, -1)) @ gated.unflatten(0, (groups, -1))
     return delta.flatten(0, 1).unflatten(1, down.shape[1:])
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would multiply a tensor of floats, None without autocast."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 def align_ranks(active: Tensor, leading: int, tokens: int | None) -> Tensor | None:

@@ -11,8 +11,9 @@ from .config import TLoraConfig
 from .denoisers import Layout
 from .layer import Factor
 from .orthogonal import OrthoInit, random_triplets, weight_triplets
+from .ranks import Layer, groups_of
 from .schedule import RankSchedule
-from .variant import Layer, TLoraVariant, groups_of
+from .variant import TLoraVariant
 
 _MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,6 +13,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from .encoding import decode_schedule, encode_schedule
+from .functional import autocast_dtype
 from .timestep import TimestepState
 from .variant import TLoraVariant
 
@@ -37,6 +38,19 @@ class Factor(nn.Module):
             self.register_buffer("weight", weight)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes `x W^T + b` from tensors of its own, and nobody watches it."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__  # accelerate and diffusers wrap it
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and type(module.weight.data) is Tensor
+    )
+
+
 class TLoraLayer(lora.LoraLayer):
     """A LoRA layer some of whose adapters are T-LoRA; mixed into PEFT's layer classes."""
 
@@ -59,7 +73,14 @@ class TLoraLayer(lora.LoraLayer):
         variant = self.tlora_variant(adapter)
         if variant is None:
             return super().get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
-        return variant.delta_weight(self, adapter, variant.context_rank(self))
+        return variant.delta_weight(self, adapter, variant.ranks.of_context(self))
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """Leave the input of T-LoRA adapters as it is: they say in which dtype they compute."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if all(self.tlora_variant(name) for name in names):
+            return x
+        return super()._cast_input_dtype(x, dtype)
 
     def _mixed_batch_forward(
         self, x: Tensor, *args: object, adapter_names: list[str], **kwargs: object
@@ -71,14 +92,8 @@ class TLoraLayer(lora.LoraLayer):
         result = lora.LoraLayer._mixed_batch_forward(self, x, *args, adapter_names=plain, **kwargs)
         for name in sorted(masked):
             samples = [i for i, other in enumerate(adapter_names) if other == name]
-            dtype = self.lora_A[name].weight.dtype
             part = self.lora_variant[name].forward(
-                self,
-                name,
-                self._cast_input_dtype(x[samples], dtype),
-                result[samples],
-                samples=samples,
-                batch=len(x),
+                self, name, x[samples], result[samples], samples=samples, batch=len(x)
             )
             result[samples] = part.to(result.dtype)
         return result
@@ -123,7 +138,7 @@ class TLoraLayer(lora.LoraLayer):
     def keep_schedule(self, adapter: str, variant: TLoraVariant) -> None:
         """Put an adapter's schedule among its weights, where a file takes it along."""
         encoded = encode_schedule(
-            variant.schedule, self.lora_alpha[adapter], self.use_rslora[adapter]
+            variant.ranks.schedule, self.lora_alpha[adapter], self.use_rslora[adapter]
         )
         self.lora_schedule[adapter] = Factor(encoded.to(self.lora_A[adapter].weight.device))
 
@@ -160,6 +175,38 @@ class UnquantizedLayer(TLoraLayer):
 
 class Linear(UnquantizedLayer, lora.Linear):
     """T-LoRA on nn.Linear and transformers' Conv1D."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
+        if not args and not kwargs and not self.disable_adapters and not self.merged:
+            result = self._forward_with_weight(x)
+            if result is not None:
+                return result
+        return super().forward(x, *args, **kwargs)
+
+    def _forward_with_weight(self, x: Tensor) -> Tensor | None:
+        """The output with the update added to the weight, if that is as exact and costs less."""
+        base: Any = self.base_layer
+        if torch.compiler.is_compiling() or not is_plain_linear(base):
+            return None
+        rows, inputs, outputs = x.shape[:-1].numel(), base.in_features, base.out_features
+        if rows * (inputs + outputs) <= inputs * outputs:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        variant = self.tlora_variant(names[0]) if len(names) == 1 else None
+        if variant is None:
+            return None
+        weight, bias, dropout = base.weight, base.bias, self.lora_dropout[names[0]]
+        fits = (
+            x.shape[-1] == inputs  # or the base layer has something to say
+            and x.dtype == weight.dtype == self.lora_A[names[0]].weight.dtype
+            and x.dtype in (torch.float32, torch.float64)  # fewer bits would lose the update
+            and autocast_dtype(x) is None
+        )
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if not fits or trained or (dropout.training and not isinstance(dropout, nn.Identity)):
+            return None
+        return variant.forward_with_weight(self, names[0], x, weight, bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""

@@ -19,8 +19,8 @@ from .initialization import add_tlora
 from .integrations.diffusers import refuse_hotswap_preparation
 from .layer import TLoraLayer
 from .orthogonal import derive_seed
+from .ranks import Layer
 from .regularization import orthogonality_loss
-from .variant import Layer
 
 _NO_CONVERSION = (
     "path_initial_model_for_weight_conversion is not supported with T-LoRA, which never changes "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import TLoraLayer
-from .variant import groups_of
+from .ranks import groups_of
 
 
 def orthogonality_loss(model: nn.Module, adapter_names: Iterable[str] | None = None) -> Tensor:

@@ -47,6 +47,7 @@ class CapturedTimestep:
         self.is_log_sigma: Tensor | None = None  # what the values tell, if they are to tell it
         self.checked = False
         self._active: dict[RankSchedule, int | Tensor] = {}
+        self._largest: dict[RankSchedule, int | None] = {}
         self._shared: dict[Hashable, Tensor] = {}
         self._uniform: bool | None = None
 
@@ -57,6 +58,17 @@ class CapturedTimestep:
         if schedule not in self._active:
             self._active[schedule] = self._active_rank(schedule)
         return self._active[schedule]
+
+    def largest_rank(self, schedule: RankSchedule) -> int | None:
+        """The largest active rank; None if it lies on a device, or must not get into a graph."""
+        if torch.compiler.is_compiling():
+            return None
+        if schedule not in self._largest:
+            rank = self.active_rank(schedule)
+            if isinstance(rank, Tensor):
+                rank = int(rank.max()) if rank.device.type == "cpu" else None
+            self._largest[schedule] = rank
+        return self._largest[schedule]
 
     def shared(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, made once for each key in this forward."""

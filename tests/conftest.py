@@ -74,7 +74,7 @@ class Watch:
     def __init__(self, model):
         self.calls = []
         layer = model.get_submodule(first_layer(model))
-        self.schedule = layer.lora_variant["toy"].schedule
+        self.schedule = layer.lora_variant["toy"].ranks.schedule
         layer.register_forward_hook(self.see)
 
     def see(self, layer, args, output):

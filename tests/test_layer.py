@@ -266,8 +266,8 @@ def test_rslora_patterns_and_min_rank_follow_each_layer(denoiser):
     model = get_peft_model(denoiser, config).base_model.model
     assert model.to_q.scaling["default"] == pytest.approx(3 / 6**0.5)
     assert model.to_out.scaling["default"] == pytest.approx(2 / 4**0.5)
-    assert model.to_q.lora_variant["default"].schedule.r_min == 3
-    assert model.to_out.lora_variant["default"].schedule.r_min == 2
+    assert model.to_q.lora_variant["default"].ranks.schedule.r_min == 3
+    assert model.to_out.lora_variant["default"].ranks.schedule.r_min == 2
 
 
 def test_dropout_acts_in_training_only(denoiser):

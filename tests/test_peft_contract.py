@@ -263,7 +263,7 @@ def test_plain_lora_beside_t_lora_in_either_order(first):
                 masked = nn.functional.linear(X, layer.get_delta_weight("tlora"))
                 expected = layer.base_layer(X) + plain + masked
                 torch.testing.assert_close(layer(X), expected, atol=1e-5, rtol=1e-5)
-                mask = layer.lora_variant["tlora"].context_rank(layer)
+                mask = layer.lora_variant["tlora"].ranks.of_context(layer)
                 assert mask == rank
 
 
@@ -506,7 +506,7 @@ def test_layers_to_transform_and_patterns():
     assert kinds == [Linear, nn.Linear, Linear]
     layer = blocks[2]["q"]
     assert (layer.r["default"], layer.scaling["default"]) == (6, 0.5)
-    assert layer.lora_variant["default"].schedule.r == 6
+    assert layer.lora_variant["default"].ranks.schedule.r == 6
 
 
 def test_a_state_dict_under_a_wrappers_prefix_loads():

@@ -1,0 +1,307 @@
+"""The update of a linear layer: its two forms, their backward, and when which is used."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_tlora import TLoraConfig, timestep_context, variant
+from peft_tlora.functional import Factors
+from peft_tlora.linear import add_update, with_update
+
+from .conftest import perturb
+
+R, IN, OUT = 4, 6, 5
+
+
+def factors_of(ortho, dtype=torch.float64):
+    torch.manual_seed(0)
+    q, p = torch.randn(R, IN, dtype=dtype), torch.randn(OUT, R, dtype=dtype)
+    trained = [q, p, torch.rand(R, dtype=dtype)] if ortho else [q, p]
+    frozen = [t + 0.1 * torch.randn_like(t) for t in trained] if ortho else []
+    return [t.requires_grad_() for t in trained] + frozen
+
+
+def gate_of(kind, ortho, dtype=torch.float64):
+    if kind == "number":
+        return 0.5
+    mask = torch.tensor([1.0, 1, 1, 0], dtype=dtype)
+    if kind == "per sample":
+        mask = torch.stack([mask, torch.tensor([1.0, 0, 0, 0], dtype=dtype)])[:, None]
+    return 0.5 * torch.cat([mask, mask], dim=-1) if ortho else 0.5 * mask
+
+
+def naive(result, x, factors, gate):
+    """s (P diag(lam m) Q - P0 diag(lam0 m) Q0) x, term by term."""
+    q, p, *rest = factors
+    first = gate[..., :R] if isinstance(gate, torch.Tensor) else gate
+    if not rest:
+        return result + linear(linear(x, q) * first, p)
+    lam, q0, p0, lam0 = rest
+    return result + linear(linear(x, q) * lam * first, p) - linear(linear(x, q0) * lam0 * first, p0)
+
+
+@pytest.mark.parametrize("ortho", [True, False])
+@pytest.mark.parametrize("gate", ["number", "shared", "per sample"])
+def test_added_to_the_output_it_is_the_formula_with_its_derivatives(gate, ortho):
+    factors, gate = factors_of(ortho), gate_of(gate, ortho)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    result = torch.randn(2, 3, OUT, dtype=torch.float64, requires_grad=True)
+
+    def update(result, x, *factors):
+        return add_update(result, x, Factors(*factors), gate, torch.float64)
+
+    torch.testing.assert_close(update(result, x, *factors), naive(result, x, factors, gate))
+    assert gradcheck(update, (result, x, *factors))
+    assert gradgradcheck(update, (result, x, *factors))
+
+
+@pytest.mark.parametrize("ortho", [True, False])
+@pytest.mark.parametrize("gate", ["number", "shared"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_added_to_the_weight_it_is_the_formula_with_its_derivatives(gate, ortho, bias):
+    factors, gate = factors_of(ortho), gate_of(gate, ortho)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    bias = torch.randn(OUT, dtype=torch.float64) if bias else None
+
+    def output(x, *factors):
+        return with_update(x, weight, bias, Factors(*factors), gate)
+
+    expected = naive(linear(x, weight, bias), x, factors, gate)
+    torch.testing.assert_close(output(x, *factors), expected)
+    assert gradcheck(output, (x, *factors))
+    assert gradgradcheck(output, (x, *factors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ortho", [True, False])
+def test_its_error_is_that_of_the_dtype(dtype, ortho):
+    """Against the naive formula in float64, relative to its largest term."""
+    factors = [t.detach() for t in factors_of(ortho)]
+    x, result = torch.randn(64, IN).to(dtype).double(), torch.randn(64, OUT).to(dtype).double()
+    expected = naive(result, x, factors, 0.5)
+    rounded = Factors(*[t.float() for t in factors])
+    found = add_update(result.to(dtype), x.to(dtype), rounded, 0.5, dtype)
+    assert found.dtype == dtype
+    # of a rounding of the input, of the factors, of the hidden values and of the result
+    assert (found - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+    if dtype == torch.float32:
+        weight = torch.randn(OUT, IN)
+        expected = naive(linear(x, weight.double()), x, factors, 0.5)
+        found = with_update(x.float(), weight, None, rounded, 0.5)
+        assert (found - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("ortho", [True, False])
+def test_functional_transforms_work(ortho):
+    """Forward-mode derivatives, as consistency models need them, and gradients of each sample."""
+    factors, weight = factors_of(ortho), torch.randn(OUT, IN, dtype=torch.float64)
+    q, *others = [t.detach() for t in factors]
+    x, tangent = torch.randn(2, 3, IN, dtype=torch.float64), torch.ones_like(q)
+
+    def added(q, x):
+        return add_update(linear(x, weight), x, Factors(q, *others), 0.5, torch.float64)
+
+    def folded(q, x):
+        return with_update(x, weight, None, Factors(q, *others), 0.5)
+
+    def expected(q, x):
+        return naive(linear(x, weight), x, [q, *others], 0.5)
+
+    for update in (added, folded):
+        found = torch.func.jvp(lambda q, u=update: u(q, x), (q,), (tangent,))
+        torch.testing.assert_close(
+            found, torch.func.jvp(lambda q: expected(q, x), (q,), (tangent,))
+        )
+
+        def of_each_sample(function):
+            loss = lambda q, x: function(q, x).square().sum()  # noqa: E731
+            return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(q, x)
+
+        torch.testing.assert_close(of_each_sample(update), of_each_sample(expected))
+
+
+class Projection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def adapted(**kwargs):
+    torch.manual_seed(0)
+    config = {"r": R, "min_rank": 1, "target_modules": ["proj"], "init_seed": 0, **kwargs}
+    model = get_peft_model(Projection(), TLoraConfig(**config))
+    perturb(model)
+    return model, model.base_model.model.proj
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """The calls that add an update to a weight."""
+    calls = []
+    original = variant.with_update
+    monkeypatch.setattr(variant, "with_update", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+def results(model, x, t):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with timestep_context(model, t):
+        output = model(x)
+        output.square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), "x": x.grad, **gradients}
+
+
+@pytest.mark.parametrize("ortho", ["last", None])
+@pytest.mark.parametrize("t", [500, torch.tensor(900), torch.tensor([100, 100])])
+def test_many_rows_take_the_weight_and_few_the_output_with_equal_results(folded, t, ortho):
+    model, layer = adapted(ortho_init=ortho)
+    x = torch.randn(2, 8, IN)
+    found = results(model, x, t)
+    assert len(folded) == 1
+    handle = layer.base_layer.register_forward_hook(lambda *args: None)  # wants to see the output
+    expected = results(model, x, t)
+    assert len(folded) == 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    handle.remove()
+    results(model, x[:, :1], t)
+    assert len(folded) == 1
+
+
+def a_dropout():
+    return adapted(lora_dropout=0.1)[0], 500
+
+
+def a_timestep_for_each_sample():
+    return adapted()[0], torch.tensor([100, 900])
+
+
+def a_trained_bias():
+    return adapted(bias="lora_only")[0], 500
+
+
+def a_trained_weight():
+    model, layer = adapted()
+    layer.base_layer.weight.requires_grad_()
+    return model, 500
+
+
+def two_adapters():
+    model, _ = adapted()
+    model.add_adapter("other", TLoraConfig(r=2, target_modules=["proj"], init_seed=1))
+    model.base_model.set_adapter(["default", "other"])
+    perturb(model)
+    return model, 500
+
+
+@pytest.mark.parametrize(
+    "case",
+    [a_dropout, a_timestep_for_each_sample, a_trained_bias, a_trained_weight, two_adapters],
+    ids=lambda case: case.__name__,
+)
+def test_the_weight_is_left_alone_where_it_would_not_do(folded, case):
+    model, t = case()
+    results(model, torch.randn(2, 8, IN), t)
+    assert not folded
+
+
+@pytest.mark.parametrize("case", ["autocast", "merged", "disabled", "half"])
+def test_the_weight_is_left_alone_in_such_a_forward(folded, case):
+    model, layer = adapted()
+    x = torch.randn(2, 8, IN)
+    with timestep_context(model, 500):
+        if case == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x)
+        elif case == "merged":
+            model.merge_adapter()
+            model(x)
+        elif case == "disabled":
+            with model.disable_adapter():
+                model(x)
+        else:
+            layer.base_layer.bfloat16()
+            model(x.bfloat16())
+    assert not folded
+
+
+def test_a_wrong_shape_is_still_the_base_layers_own_error():
+    model, _ = adapted()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(2, 8, IN + 1))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("ortho", ["last", None])
+def test_inactive_ranks_are_not_computed_where_the_host_knows_the_timestep(rows, ortho):
+    model, layer = adapted(ortho_init=ortho)
+    layer.lora_A["default"].weight.data[1:] = torch.nan
+    with timestep_context(model, torch.tensor([1000, 1000])):
+        assert model(torch.randn(2, rows, IN)).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_backward_keeps_the_input_and_the_parameters_only(rows):
+    model, layer = adapted()
+    x, kept = torch.randn(2, rows, IN), []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with (
+        timestep_context(model, 500),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        model(x)
+    of_the_layer = [*layer.parameters(), *layer.buffers()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *of_the_layer)}
+    assert kept
+    assert set(kept) <= known
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape and dtype of every tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.made |= {(t.shape, t.dtype) for t in tree_leaves(output) if hasattr(t, "dtype")}
+        return output
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_accelerator_makes_no_float32_copy_of_a_bfloat16_input(device):
+    """A CPU computes in the adapter's float32, as PEFT does: few multiply bfloat16 fast."""
+    model, layer = adapted(rank_schedule="constant")  # needs no timestep
+    layer.base_layer.bfloat16()
+    model.to(device)
+    x = torch.randn(2, 8, IN, dtype=torch.bfloat16, device=device)
+    with Shapes() as shapes:
+        assert model(x).dtype == torch.bfloat16
+    assert ((x.shape, torch.float32) in shapes.made) == (device == "cpu")
+
+
+def test_autocast_gets_the_input_as_it_is():
+    model, _ = adapted()
+    x = torch.randn(2, 8, IN, dtype=torch.bfloat16)
+    with (
+        timestep_context(model, 500),
+        torch.autocast("cpu", torch.bfloat16),
+        Shapes() as shapes,
+    ):
+        model(x)
+    assert (x.shape, torch.float32) not in shapes.made
