@@ -75,12 +75,13 @@ def fuse_factors(
 
     Returns:
         down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the dtype of
-        the trained factors.
+        the trained factors, which is at least as wide as that of the frozen ones.
     """
     column = (-1,) + (1,) * (q.dim() - 1)
     scaled = lam.reshape(column) * q
-    start = lam0.to(lam.dtype).reshape(column) * q0.to(q.dtype)
-    up = torch.cat([p - p0.to(p.dtype), p0.to(p.dtype)], dim=1)
+    # in the dtype of the trained factors before it is rounded, or the difference wouldn't be zero
+    start = lam0.to(lam.dtype).reshape(column) * q0
+    up = torch.cat([p - p0, p0], dim=1)
     return pair(scaled, scaled - start, groups), up
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from .functional import Factors, add_product
+from .integrations.torch import has_transforms
 
 Gate = float | Tensor
 
@@ -30,7 +30,7 @@ def add_update(
             columns of a rank alike.
         dtype: The dtype of the computation. The factors are fused in their own.
     """
-    if torch.compiler.is_compiling() or _needs_no_backward():
+    if torch.compiler.is_compiling() or has_transforms():
         return _add_update(result, x, factors, gate, dtype)
     return _AddUpdate.apply(result, x, gate, dtype, *factors)
 
@@ -49,55 +49,48 @@ def with_update(
         factors: Factors without kernel and groups.
         gate: Mask times scaling: a number or a tensor of shape (ranks,).
     """
-    if _needs_no_backward():
+    if has_transforms():
         return linear(x, _updated(weight, factors, gate), bias)
     return _WithUpdate.apply(x, weight, bias, gate, *factors)
 
 
 class _AddUpdate(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        result: Tensor, x: Tensor, gate: Gate, dtype: torch.dtype, *factors: Tensor | None
+        ctx: Any, result: Tensor, x: Tensor, gate: Gate, dtype: torch.dtype, *factors: Tensor | None
     ) -> Tensor:
-        return _add_update(result, x, Factors(*factors), gate, dtype)  # pyright: ignore[reportArgumentType]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        result, x, gate, ctx.dtype, *factors = inputs
-        ctx.result_dtype = result.dtype
+        ctx.result_dtype, ctx.dtype = result.dtype, dtype
         _save(ctx, gate, x, *factors)
+        return _add_update(result, x, Factors(*factors), gate, dtype)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         gate, x, *saved = _saved(ctx)
         factors = Factors(*saved)
-        down, up = (factor.to(ctx.dtype) for factor in factors.fused())
-        rows, r = x.to(ctx.dtype), len(factors.q)
-        outer = gradient.to(ctx.dtype)
-        hidden = linear(rows, down[:r]) * _first(gate, r)
-        inner = (outer @ up) * gate
-        x_gradient = (inner @ down).to(x.dtype) if ctx.needs_input_grad[1] else None
+        down, up = _cast(ctx.dtype, *factors.fused())
+        rows, outer = _cast(ctx.dtype, x, gradient)
+        r = len(factors.q)
+        hidden = _gated(linear(rows, down[:r]), _first(gate, r))
+        inner = _gated(outer @ up, gate)
+        x_gradient = _cast(x.dtype, inner @ down)[0] if ctx.needs_input_grad[1] else None
         if len(down) > r:  # both columns of a rank hold its trained factor
             inner = inner[..., :r] + inner[..., r:]
         gradients = _factor_gradients(factors, rows, hidden, inner, outer)
-        return gradient.to(ctx.result_dtype), x_gradient, None, None, *gradients
+        return _cast(ctx.result_dtype, gradient)[0], x_gradient, None, None, *gradients
 
 
 class _WithUpdate(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, *factors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Gate,
+        *factors: Tensor | None,
     ) -> Tensor:
-        return linear(x, _updated(weight, Factors(*factors), gate), bias)  # pyright: ignore[reportArgumentType]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, gate, *factors = inputs
         _save(ctx, gate, x, weight, *factors)
+        return linear(x, _updated(weight, Factors(*factors), gate), bias)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
@@ -105,8 +98,8 @@ class _WithUpdate(torch.autograd.Function):
         factors = Factors(*saved)
         q, p, lam = factors[:3]
         first = _first(gate, len(q))
-        hidden = linear(x, q if lam is None else lam[:, None] * q) * first
-        inner = (gradient @ p) * first  # the sum of both columns of a rank
+        hidden = _gated(linear(x, q if lam is None else lam[:, None] * q), first)
+        inner = _gated(gradient @ p, first)  # the sum of both columns of a rank
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = gradient @ _updated(weight, factors, gate)
@@ -117,8 +110,8 @@ class _WithUpdate(torch.autograd.Function):
 def _add_update(
     result: Tensor, x: Tensor, factors: Factors, gate: Gate, dtype: torch.dtype
 ) -> Tensor:
-    down, up = (factor.to(dtype) for factor in factors.fused())
-    hidden = linear(x.to(dtype), down)
+    rows, down, up = _cast(dtype, x, *factors.fused())
+    hidden = linear(rows, down)
     if isinstance(gate, Tensor):
         return add_product(result, hidden * gate, up)
     return add_product(result, hidden, up, gate)
@@ -147,16 +140,20 @@ def _factor_gradients(
     x, hidden, inner, outer = (
         t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (x, hidden, inner, outer)
     )
-    p_gradient = (outer.mT @ hidden).to(p.dtype)
-    scaled = (inner.mT @ x).to(q.dtype)  # the gradient of diag(lam) Q
+    (p_gradient,) = _cast(p.dtype, outer.mT @ hidden)
+    (scaled,) = _cast(q.dtype, inner.mT @ x)  # the gradient of diag(lam) Q
     if lam is None:
         return scaled, p_gradient, None, None, None, None
     return lam[:, None] * scaled, p_gradient, (scaled * q).sum(1), None, None, None
 
 
-def _needs_no_backward() -> bool:
-    """Whether there is none, or the derivatives are of forward mode, which autograd has itself."""
-    return not torch.is_grad_enabled() or forward_ad._current_level >= 0
+def _cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Tensors in a dtype; most are in it, and asking is cheaper than `to`."""
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
+
+
+def _gated(hidden: Tensor, gate: Gate) -> Tensor:
+    return hidden if isinstance(gate, float) and gate == 1 else hidden * gate
 
 
 def _first(gate: Gate, r: int) -> Gate:
