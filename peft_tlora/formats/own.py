@@ -7,7 +7,7 @@ from ..checkpoint import config_from_state_dict, is_tlora
 from .adapter import Adapter
 from .families import component_of
 from .files import Checkpoint, open_checkpoint, replaced, write_tensors
-from .tensors import layers_of_own, own_tensors
+from .tensors import OWN_FIELDS, layers_of_own, own_tensors
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FILE = "pytorch_lora_weights.safetensors"
@@ -28,7 +28,9 @@ def is_peft(file: Checkpoint) -> bool:
 
 def is_diffusers(file: Checkpoint) -> bool:
     """Whether a file is diffusers' with a T-LoRA adapter in it."""
-    return is_tlora(file.tensors) and not any(name.startswith(_PREFIX) for name in file.tensors)
+    return is_tlora(file.tensors) and all(
+        name.endswith(tuple(OWN_FIELDS)) and not name.startswith(_PREFIX) for name in file.tensors
+    )
 
 
 def read_peft(source: Source, *, component: str | None = None) -> Adapter:

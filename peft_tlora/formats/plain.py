@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import delta_weight
 from .adapter import Adapter, check_name
 from .names import Place
 
@@ -62,7 +61,7 @@ def plain_lora(
             down, up, norm, cut = _truncated(down, up, rank)
             lost, total = lost + cut**2, total + norm**2
         elif rank is not None:
-            total += float(delta_weight(down, up, torch.ones(len(down))).square().sum())
+            total += float(spectrum(down, up).square().sum())
         layers[name] = down.to(dtype), up.to(dtype)
     if not layers:
         raise ValueError(f"No rank is active at timestep {timestep}: there is nothing to write.")
@@ -70,24 +69,29 @@ def plain_lora(
 
 
 def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The best approximation of a product, its norm and that of what is lost.
-
-    Both factors are thin, so the singular values are those of a small matrix between two frames.
-    """
-    left, right = (
-        torch.linalg.qr(up.flatten(1).double()),
-        torch.linalg.qr(down.flatten(1).mT.double()),
-    )
-    u, s, vh = torch.linalg.svd(left.R @ right.R.mT)
+    """The best approximation of a product, its norm and that of what is lost."""
+    left, right, (u, s, vh) = _svd(down, up)
     root = s[:rank].sqrt()
-    new_up = (left.Q @ u[:, :rank] * root).float()
-    new_down = (root[:, None] * (vh[:rank] @ right.Q.mT)).float()
+    new_up = (left @ u[:, :rank] * root).float()
+    new_down = (root[:, None] * (vh[:rank] @ right.mT)).float()
     return (
         new_down.reshape(-1, *down.shape[1:]),
         new_up.reshape(len(up), -1, *up.shape[2:]),
         float(s.norm()),
         float(s[rank:].norm()),
     )
+
+
+def spectrum(down: Tensor, up: Tensor) -> Tensor:
+    """The singular values of a product of two thin factors, in float64."""
+    return _svd(down, up)[2][1]
+
+
+def _svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """A product as `left u s vh right^T`: the SVD of a small matrix between two frames."""
+    left, small_left = torch.linalg.qr(up.flatten(1).double())
+    right, small_right = torch.linalg.qr(down.flatten(1).mT.double())
+    return left, right, torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
 
 
 def fused(layers: Mapping[str, tuple[Tensor, Tensor]], places: Mapping[str, Place]) -> dict:

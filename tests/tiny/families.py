@@ -1,5 +1,8 @@
 """One small model of each family of base models that formats name, and adapters for them."""
 
+import copy
+import functools
+
 import diffusers
 import torch
 from peft import inject_adapter_in_model
@@ -43,6 +46,7 @@ def _unet(width, down, up, **kwargs):
 
 
 _ATTENTION = r".*\.attn.*\.(to_q|to_k|to_v|to_out\.0)"
+_ADAPTERS = {}  # by how they were made; nobody changes them
 # family -> model, layers
 FAMILIES = {
     "sd": (sd, rf"{_ATTENTION}|.*\.(conv1|conv_shortcut|proj_in|time_emb_proj|net\.2)"),
@@ -57,6 +61,11 @@ FAMILIES = {
 
 
 def model(family, seed=0):
+    return copy.deepcopy(_model(family, seed))
+
+
+@functools.cache
+def _model(family, seed):
     torch.manual_seed(seed)
     return FAMILIES[family][0]().eval().requires_grad_(False)
 
@@ -87,7 +96,10 @@ def adapter_of(base):
 
 
 def adapter(family, layers=None, **fields):
-    return adapter_of(adapted(family, layers, **fields))
+    key = (family, repr(layers), repr(sorted(fields.items())))
+    if key not in _ADAPTERS:
+        _ADAPTERS[key] = adapter_of(adapted(family, layers, **fields))
+    return _ADAPTERS[key]
 
 
 def assert_equal(found, expected):
