@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
@@ -59,6 +60,22 @@ def test_the_frozen_factors_come_back_from_the_weights_of_the_base(tmp_path, sig
     assert "agree with the trained ones to 0.9" in found.notes[0]
     again = read_diffusers(write_diffusers(read_peft(write_peft(found, tmp_path / "p")), tmp_path))
     families.assert_equal(again, found)
+
+
+def test_the_signs_of_the_recomputed_triplets_are_those_of_the_trained_ones(tmp_path):
+    path, adapter, base = trained(tmp_path)
+    tensors = load_file(path)
+    for name, tensor in tensors.items():  # as another library's SVD might have had them
+        if name.endswith("q_layer.weight"):
+            tensor[1::2] *= -1
+        elif name.endswith("p_layer.weight"):
+            tensor[:, 1::2] *= -1
+    found = read_lycoris(foreign.save(path, tensors), base=base, facts=FACTS)
+    assert largest_error(found, adapter) < 1e-4
+    for layer in found.layers.values():
+        q, p, _, q0, p0, _ = layer.factors
+        assert ((q * q0).sum(1) > 0).all()
+        assert ((p * p0).sum(0) > 0).all()
 
 
 def test_weights_rounded_to_bfloat16_after_the_training_give_an_error_of_their_own(tmp_path):

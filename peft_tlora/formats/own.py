@@ -2,11 +2,12 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..checkpoint import config_from_state_dict, is_tlora
 from .adapter import Adapter
 from .families import component_of
-from .files import Checkpoint, open_checkpoint, replaced, write_tensors
+from .files import Checkpoint, open_checkpoint, write_tensors
 from .tensors import OWN_FIELDS, layers_of_own, own_tensors
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -66,12 +67,10 @@ def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = config_from_state_dict(own_tensors(adapter.layers, ""))
     config.inference_mode = True
-    with replaced(folder / _CONFIG) as new:  # takes its place when the weights are there
-        written = new.with_name(f"{new.name}.d")
-        config.save_pretrained(str(written))
-        (written / _CONFIG).replace(new)
-        written.rmdir()
+    with TemporaryDirectory(prefix=".", dir=folder) as new:
+        config.save_pretrained(new)
         write_tensors(folder / _WEIGHTS, own_tensors(adapter.layers, _PREFIX))
+        (Path(new) / _CONFIG).replace(folder / _CONFIG)
     return folder
 
 
