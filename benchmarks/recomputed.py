@@ -2,9 +2,9 @@
 
     python benchmarks/recomputed.py
 
-On the attention of the embedded base: singular triplets of its weights, moved a little as a training
-does (a tenth of their norm), then recomputed from the same weights, and from weights that were rounded in between. The error
-is that of the update at half of the ranks, relative to its Frobenius norm, over all layers.
+On the attention of the embedded base: singular triplets of its weights, moved by a tenth of their
+norm as a training does, then recomputed from the same weights, and from weights that were rounded in
+between. The error is that of the update at half of the ranks, relative to its Frobenius norm.
 """
 
 from pathlib import Path
@@ -26,11 +26,8 @@ def trained(weight, sig_type, step):
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     window = {"principal": slice(0, R), "last": slice(len(s) - R, len(s))}[sig_type]
     start = vh[window], u[:, window], s[window]
-    moved = []
-    for factor in start:
-        noise = torch.randn_like(factor)
-        moved.append(factor + step * noise * factor.norm() / noise.norm())
-    return Factors(*moved, *start)
+    q, p, lam = (f + step * f.norm() / f.numel() ** 0.5 * torch.randn_like(f) for f in start)
+    return Factors(q, p, lam, *start)
 
 
 def main():
