@@ -3,8 +3,8 @@
     python benchmarks/recomputed.py
 
 On the attention of the embedded base: singular triplets of its weights, moved by a tenth of their
-norm as a training does, then recomputed from the same weights, and from weights that were rounded in
-between. The error is that of the update at half of the ranks, relative to its Frobenius norm.
+norm as a training does, then recomputed from the same weights, and from weights that were rounded
+in between. The error is that of the update at half of the ranks, relative to its Frobenius norm.
 """
 
 from pathlib import Path
