@@ -62,6 +62,7 @@ def decode_schedule(encoded: Tensor, r: int) -> tuple[RankSchedule, float, bool]
         or not -1 <= values[9] < len(TIMESTEP_TYPES)
         or values[10] < 1
         or not -1 <= values[11] < len(ORTHO_INITS)
+        or not (values[4] or _bits_to_float(values[3]).is_integer())
     ):
         raise ValueError(
             f"lora_schedule must be an int64 tensor of shape ({_LENGTH},) with version "

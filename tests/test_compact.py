@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -18,9 +19,10 @@ from torch import nn
 
 from peft_tlora import TLoraConfig, frozen, timestep_context
 from peft_tlora.checkpoint import config_from_state_dict
+from peft_tlora.formats import read_peft, write_diffusers
 from peft_tlora.frozen import checksum, random_factors
 
-from .conftest import TinyDenoiser, perturb, tiny_unet
+from .conftest import TinyDenoiser, perturb
 from .test_diffusers import Pipeline, save
 
 COMPACT = {"save_initial_factors": False, "init_seed": 3}
@@ -147,6 +149,16 @@ def test_a_file_that_has_lost_its_frozen_factors_is_refused():
         set_peft_model_state_dict(adapted(save_initial_factors=True), state_dict)
 
 
+def test_other_formats_get_the_frozen_factors(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    adapter = read_peft(tmp_path, component="unet")
+    loaded = inject_adapter_in_model(TLoraConfig(**CONFIG), base().eval())
+    tensors = load_file(write_diffusers(adapter, tmp_path / "file.safetensors"))
+    set_peft_model_state_dict(loaded, {k.removeprefix("unet."): v for k, v in tensors.items()})
+    assert_same(outputs(loaded), outputs(model))
+
+
 def test_factors_that_come_out_otherwise_are_refused(tmp_path, monkeypatch):
     adapted().save_pretrained(tmp_path)
     original = frozen.random_triplets
@@ -201,8 +213,6 @@ def test_a_combination_of_compact_adapters_is_an_ordinary_adapter():
 
 
 def test_it_is_hardly_larger_than_loras_file(tmp_path):
-    from peft import LoraConfig
-
     sizes = []
     for config in (LoraConfig(r=16), TLoraConfig(r=16, **COMPACT)):
         config.target_modules = ["proj"]
@@ -248,7 +258,6 @@ def test_an_adapter_made_for_inference_without_a_file_is_the_identity():
 
 def test_the_bits_of_a_draw_depend_on_neither_threads_nor_processor():
     """The checksum is of a draw on x86 with AVX2, torch 2.13, numpy 2.4."""
-    unet = tiny_unet()
     q, p = torch.empty(64, 1280), torch.empty(640, 64)
     sums = set()
     threads = torch.get_num_threads()
@@ -260,7 +269,6 @@ def test_the_bits_of_a_draw_depend_on_neither_threads_nor_processor():
     finally:
         torch.set_num_threads(threads)
     assert sums == {7858355762248501009}
-    del unet
     for factor in factors:  # 16 significant bits
         assert not (factor.numpy().view(np.uint32) & 0xFF).any()
 
