@@ -1,6 +1,7 @@
 """Files without frozen factors, and loading without the initialisation that a file replaces."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -138,11 +140,10 @@ def test_a_compact_file_makes_its_adapter_compact():
 def test_a_full_file_is_not_taken_for_a_compact_one():
     """PEFT from 0.21 on looks for a file's names among those that the adapter would save."""
     model, other = adapted(save_initial_factors=True), adapted(init_seed=4)
-    try:
+    refused = pytest.raises(ValueError, match="weights for to_q come with a schedule but without")
+    new = hasattr(LoraModel, "_get_adapter_state_dict")
+    with refused if new else nullcontext():
         set_peft_model_state_dict(other, get_peft_model_state_dict(model))
-    except ValueError as error:
-        assert "weights for to_q come with a schedule but without frozen" in str(error)
-    else:
         assert_same(outputs(other), outputs(model))
 
 
