@@ -120,6 +120,7 @@ def test_a_flow_model_without_a_shift_and_a_range_without_logarithms_raises(tmp_
 
 
 def test_where_the_sampling_cannot_be_told_there_are_timesteps_only(tmp_path):
+    (tmp_path / "workflow.json").write_text("of an earlier export")
     write_bands(families.adapter("wan", ["to_q"]), tmp_path, count=2, to="lora")
     content = json.loads((tmp_path / "bands.json").read_text())
     assert content["sampling"] is None

@@ -113,7 +113,9 @@ def write_bands(
         bands.append(_described(path.name, band, schedule, sampling))
     about = None if sampling is None else sampling.described()
     write_json(folder / "bands.json", {"version": 1, "sampling": about, "bands": bands})
-    if sampling is not None:
+    if sampling is None:  # one of an earlier export would name other files
+        (folder / "workflow.json").unlink(missing_ok=True)
+    else:
         write_json(folder / "workflow.json", workflow(bands))
     return folder
 
