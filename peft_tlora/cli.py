@@ -13,7 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, 1 for a file or a script that is not what it should be, and argparse's
+        The exit code: 0, 1 for a file or a script that is not what it should be or can't be
+        read or written, and argparse's
         2 for wrong arguments.
     """
     parser = argparse.ArgumentParser(
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = vars(args).pop("command")
     try:
         return _COMMANDS[command].call(parsers[command], args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         if command == "run":  # the script's own
             raise
         print(f"error: {error}", file=sys.stderr)

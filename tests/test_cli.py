@@ -188,6 +188,15 @@ def test_a_file_that_is_none_is_an_error_without_a_traceback(capsys, tmp_path):
         assert err.startswith("error: ")
 
 
+def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(capsys, tmp_path, file):
+    (tmp_path / "taken").write_text("a file")
+    for to, place in (("peft", "taken"), ("lora", "taken/a.safetensors")):
+        code, _, err = run(capsys, "convert", file, tmp_path / place, "--to", to)
+        assert code == 1
+        assert err.startswith("error: ")
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
 def test_schedule_shows_where_ranks_switch_on(capsys):
     code, out, _ = run(capsys, "schedule", "--rank", 8, "--min-rank", 4, "--json")
     assert code == 0

@@ -161,6 +161,27 @@ def test_another_base_is_refused_before_the_model_changes_raises(file):
         read_adapter(file, base=families.model("sdxl"))
 
 
+@pytest.mark.parametrize(("family", "layers"), [("sd", r".*attn1\.to_q"), ("sdxl", r".*conv2")])
+def test_diffusers_own_loader_refuses_another_base_before_the_model_changes_raises(
+    tmp_path, family, layers
+):
+    """It used to leave layers in the model when torch found that the shapes differ."""
+    path = write_diffusers(families.adapter(family, layers), tmp_path)
+    pipe = pipelines.stable_diffusion()
+    with pytest.raises(ValueError, match=r"doesn't fit: .*Is it for another base model"):
+        pipe.load_lora_weights(str(path))
+    assert not any("lora" in name for name, _ in pipe.unet.named_modules())
+
+
+def test_tensors_that_no_model_of_the_pipeline_takes_are_counted(tmp_path):
+    path = write_diffusers(families.adapter("sd", [r"attn1.to_q"]), tmp_path)
+    tensors = load_file(path)
+    more = {f"other.{name}": tensor for name, tensor in tensors.items()}
+    pipe = pipelines.stable_diffusion(unet=families.model("sd"))
+    with pytest.warns(UserWarning, match=f"{len(more)} tensors are of no T-LoRA adapter"):
+        load_tlora_weights(pipe, tensors | more)
+
+
 def test_damaged_weights_are_refused_before_the_model_changes_raises(tmp_path):
     adapter = families.adapter("sd", [r"attn1.to_q"])
     path = changed(write_diffusers(adapter, tmp_path), lora_lambda=lambda t: t[:5])

@@ -1,17 +1,23 @@
 """Files of T-LoRA in, files of T-LoRA out: not a bit is lost."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_tlora import TLoraConfig
+from peft_tlora.formats.adapter import Adapter
 from peft_tlora.formats.facts import TrainingFacts
+from peft_tlora.formats.families import family_of
+from peft_tlora.formats.lora import write_kohya, write_lora
 from peft_tlora.formats.names import original
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+from peft_tlora.formats.plain import plain_lora
 from peft_tlora.formats.reading import read_adapter
 
 from . import foreign
@@ -144,7 +150,53 @@ def test_a_file_for_several_models_asks_which(tmp_path):
     save_file(tensors, tmp_path / "two.safetensors")
     with pytest.raises(ValueError, match="adapters for text_encoder, unet: choose one"):
         read_diffusers(tmp_path / "two.safetensors")
-    assert read_diffusers(tmp_path / "two.safetensors", component="unet").component == "unet"
+    found = read_diffusers(tmp_path / "two.safetensors", component="unet")
+    assert found.component == "unet"
+    count = sum(name.startswith("text_encoder.") for name in tensors)
+    assert found.notes == (
+        f"{count} tensors of text_encoder are left out; --component text_encoder reads them.",
+    )
+
+
+def test_a_text_encoders_adapter_is_read_and_is_exact_as_plain_lora_of_one_mask(tmp_path):
+    """It has a constant schedule in practice, so one mask is all there is."""
+    adapter = families.adapter("sd", ["to_q"], rank_schedule="constant")
+    path = write_diffusers(replace(adapter, component="text_encoder"), tmp_path / "a.safetensors")
+    found = read_adapter(path)
+    assert found.component == "text_encoder"
+    plain = load_file(write_lora(plain_lora(found, timestep=900), tmp_path / "b.safetensors"))
+    for name, layer in adapter.layers.items():
+        up, down = (plain[f"text_encoder.{name}.lora_{x}.weight"] for x in "BA")
+        torch.testing.assert_close(up @ down, layer.delta(6))
+    with pytest.raises(ValueError, match="one of text_encoder; these names are for denoisers only"):
+        write_kohya(plain_lora(found), tmp_path / "c.safetensors", family="sd")
+
+
+def test_a_peft_folder_of_a_text_encoder_is_not_taken_for_a_transformers(tmp_path):
+    layer = next(iter(families.adapter("sd", ["to_q"]).layers.values()))
+    layers = {"text_model.encoder.layers.0.self_attn.q_proj": layer}
+    folder = write_peft(Adapter("text_encoder", layers), tmp_path)
+    assert read_peft(folder).component == "text_encoder"
+
+
+def test_video_models_made_of_sds_layers_are_not_taken_for_sd():
+    layers = dict(families.adapter("sd", [r"attn2.to_k"]).layers)
+    assert family_of(layers) == "sd"
+    name = "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q"
+    assert family_of(layers | {name: next(iter(layers.values()))}) is None
+
+
+@pytest.mark.parametrize("make", [sd_scripts, takenoko])
+def test_tensors_of_text_encoders_in_a_trainers_file_are_left_out_and_counted(tmp_path, make):
+    path, adapter, arguments = make(tmp_path, "sd", str) if make is sd_scripts else make(tmp_path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors |= {f"lora_te_text_model_{i}.alpha": torch.tensor(1.0) for i in range(3)}
+    foreign.save(path, tensors, metadata)
+    found = read_adapter(path, **arguments)
+    assert_equal(found, adapter)
+    assert found.notes == ("3 tensors of text encoders are left out.",)
 
 
 @pytest.mark.parametrize("missing", ["min_rank", "rank_schedule", "schedule_exponent"])

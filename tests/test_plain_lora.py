@@ -170,7 +170,7 @@ def test_a_family_that_cannot_be_told_or_a_layer_without_a_name_raises(tmp_path)
     lora = plain_lora(families.adapter("wan", r".*proj_out"))
     with pytest.raises(ValueError, match=r"must be one of .*got None: pass family"):
         write_kohya(lora, tmp_path, family=None)
-    with pytest.raises(ValueError, match="Layer proj_out has no name in the original wan model"):
+    with pytest.raises(ValueError, match="Layer proj_out has no name in the wan model of kohya"):
         write_kohya(lora, tmp_path, family="wan")
     assert not list(tmp_path.iterdir())
 

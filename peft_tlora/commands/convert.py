@@ -21,7 +21,7 @@ from .options import add_facts, facts_of, warn
 HELP = "write a T-LoRA file in another format"
 _OWN = {"peft": write_peft, "diffusers": write_diffusers}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PLAIN_OPTIONS = ("timestep", "rank", "bands", "shift", "dtype")
+_PLAIN_OPTIONS = ("timestep", "rank", "bands", "shift", "sigma_range", "dtype")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     plain.add_argument("--rank", type=int, help="cut to this rank; exact without it")
     plain.add_argument("--bands", type=int, metavar="K", help="K files, each for some timesteps")
     plain.add_argument("--shift", type=float, help="of a flow model's sampler, for --bands")
+    plain.add_argument(
+        "--sigma-range",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="of an EDM model's sampler, for --bands",
+    )
     plain.add_argument("--dtype", choices=_DTYPES, help="default: fp32")
     plain.add_argument("--family", choices=FAMILIES, help="of the base model, if it isn't told")
     add_facts(parser)
@@ -52,11 +59,12 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     given = [name for name in _PLAIN_OPTIONS if getattr(args, name) is not None]
     if args.to in _OWN and given:
-        parser.error(f"--{given[0]} is for plain LoRA, not for --to {args.to}")
+        parser.error(f"--{given[0].replace('_', '-')} is for plain LoRA, not for --to {args.to}")
     if args.bands is not None and (args.timestep is not None or args.rank is not None):
         parser.error("--bands chooses the timesteps itself and is exact: no --timestep, no --rank")
-    if args.shift is not None and args.bands is None:
-        parser.error("--shift is for --bands")
+    for name in ("shift", "sigma_range"):
+        if getattr(args, name) is not None and args.bands is None:
+            parser.error(f"--{name.replace('_', '-')} is for --bands")
     file = open_checkpoint(args.source, allow_pickle=args.allow_pickle)
     base = None
     if args.base is not None:
@@ -90,6 +98,7 @@ def _write(adapter: Adapter, args: argparse.Namespace) -> dict[str, Any]:
             to=args.to,
             family=family,
             shift=args.shift,
+            sigma_range=None if args.sigma_range is None else tuple(args.sigma_range),
             dtype=dtype,
         )
         return {"path": str(folder), "bands": args.bands}

@@ -127,14 +127,22 @@ class Adapter:
                     f"The adapter doesn't fit: {type(model).__name__} has no layer {name} with a "
                     "weight. Is it for another base model?"
                 )
-            found = (layer.factors.p.shape[0], *layer.factors.q.shape[1:])
-            wanted = tuple(weight.shape)
-            # quantised weights are packed, and transformers' Conv1D holds its weight transposed
-            if weight.is_floating_point() and found not in (wanted, wanted[::-1]):
-                raise ValueError(
-                    f"The adapter doesn't fit: its layer {name} is for a weight of shape {found}, "
-                    f"that of {type(model).__name__} is {wanted}. Is it for another base model?"
-                )
+            check_fit(name, layer.factors.q, layer.factors.p, weight)
+
+
+def check_fit(name: str, q: Tensor, p: Tensor, weight: Tensor) -> None:
+    """Raise unless a layer's factors are for a weight of such a shape.
+
+    Raises:
+        ValueError: If they aren't.
+    """
+    found, wanted = (p.shape[0], *q.shape[1:]), tuple(weight.shape)
+    # quantised weights are packed, and transformers' Conv1D holds its weight transposed
+    if weight.is_floating_point() and found not in (wanted, wanted[::-1]):
+        raise ValueError(
+            f"The adapter doesn't fit: its layer {name} is for a weight of shape {found}, that of "
+            f"the model is {wanted}. Is it for another base model?"
+        )
 
 
 def check_name(name: str) -> None:

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from .adapter import Adapter
 from .files import write_json
 from .lora import LORA_WRITERS
 from .plain import plain_lora
+from .sampling import Sampling, sampling_of
 from .workflow import workflow
 
 
@@ -63,20 +63,6 @@ def timestep_at(schedule: RankSchedule, noise: float) -> float:
     return share * schedule.num_train_timesteps
 
 
-def percent_at(noise: float, shift: float | None) -> float:
-    """ComfyUI's percent of sampling at a noise.
-
-    It is 1 - t / T; of a flow model before its sampler's shift s of sigma = s x / (1 + (s - 1) x).
-
-    Args:
-        noise: The noise, which is sigma for a flow model.
-        shift: The shift of a flow model's sampler (e ** 1.15 for FLUX's default); None for others.
-    """
-    if shift is None:
-        return 1 - noise
-    return 1 - noise / (shift - (shift - 1) * noise)
-
-
 def write_bands(
     adapter: Adapter,
     destination: str | os.PathLike[str],
@@ -85,13 +71,14 @@ def write_bands(
     to: str = "comfyui",
     family: str | None = None,
     shift: float | None = None,
-    sigma: Callable[[float], float] | None = None,
+    sigma_range: tuple[float, float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write K plain LoRAs, bands.json with the range of each, and workflow.json for ComfyUI.
 
     A tool that knows nothing of T-LoRA switches them one after the other. With one band it is the
-    plain export of the middle mask.
+    plain export of the middle mask. Where the sampling can't be told, which is for a transformer of
+    no known family without a shift, bands.json has timesteps only and there is no workflow.json.
 
     Args:
         adapter: The adapter.
@@ -99,46 +86,57 @@ def write_bands(
         count: The number of bands.
         to: Names in the files: "lora", "kohya" or "comfyui".
         family: Family of the base model, for the last two.
-        shift: The shift of a flow model's sampler; None for models with betas.
-        sigma: The sigma at a noise, for the ranges in bands.json; left out there if None. A flow
-            model's is its noise.
+        shift: The shift of a flow model's sampler (e ** 1.15 for FLUX's default).
+        sigma_range: The smallest and largest sigma of the sampler, for timesteps of 0.25 ln(sigma).
         dtype: The dtype of the tensors.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the layers' schedules differ in more than the rank, or the count is below 1.
+        ValueError: If the layers' schedules differ in more than the rank, the count is below 1, or
+            the sampling of the base model is to be told.
     """
     schedule = _one_schedule(adapter)
+    sampling = sampling_of(
+        schedule, adapter.component, family, shift=shift, sigma_range=sigma_range
+    )
+    if sigma_range is not None:
+        schedule = replace(schedule, timestep_type="log_sigma")
+        adapter = _with_log_sigma(adapter)
     folder = Path(destination)
-    if shift is not None and sigma is None:
-        sigma = float
     bands = []
     for number, band in enumerate(split_bands(schedule, count)):
         timestep = timestep_at(schedule, band.mask_noise)
         lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
         path = LORA_WRITERS[to](lora, folder / f"band_{number:02}.safetensors", family=family)
-        bands.append(_described(path.name, band, schedule, shift, sigma))
-    write_json(folder / "bands.json", {"version": 1, "bands": bands})
-    write_json(folder / "workflow.json", workflow(bands))
+        bands.append(_described(path.name, band, schedule, sampling))
+    about = None if sampling is None else sampling.described()
+    write_json(folder / "bands.json", {"version": 1, "sampling": about, "bands": bands})
+    if sampling is None:  # one of an earlier export would name other files
+        (folder / "workflow.json").unlink(missing_ok=True)
+    else:
+        write_json(folder / "workflow.json", workflow(bands))
     return folder
 
 
+def _with_log_sigma(adapter: Adapter) -> Adapter:
+    """The adapter with a timestep of 0.25 ln(sigma), where the scheduler was to decide."""
+    layers = {
+        name: replace(layer, schedule=replace(layer.schedule, timestep_type="log_sigma"))
+        for name, layer in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
 def _described(
-    file: str,
-    band: Band,
-    schedule: RankSchedule,
-    shift: float | None,
-    sigma: Callable[[float], float] | None,
+    file: str, band: Band, schedule: RankSchedule, sampling: Sampling | None
 ) -> dict[str, Any]:
     """The entry of a band in bands.json; the ranges go from noisy to clean."""
-    ranges = {
-        "timestep": [timestep_at(schedule, noise) for noise in band.noise],
-        "percent": [percent_at(noise, shift) for noise in band.noise],
-    }
-    if sigma is not None:
-        ranges["sigma"] = [sigma(noise) for noise in band.noise]
+    ranges = {"timestep": [timestep_at(schedule, noise) for noise in band.noise]}
+    if sampling is not None:
+        ranges["percent"] = [0.0 if noise == 1 else sampling.percent(noise) for noise in band.noise]
+        ranges["sigma"] = [sampling.sigma(noise) for noise in band.noise]
     mask = timestep_at(schedule, band.mask_noise)
     return {"file": file, **ranges, "mask_timestep": mask, "rank": schedule.active_rank(mask)}
 

@@ -8,14 +8,17 @@ from .adapter import AdapterLayer
 UNETS = ("sd", "sdxl")
 FAMILIES = (*UNETS, "sd3", "flux", "wan")
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embed)")
+_TEXT_ENCODER = re.compile(r"(text_model|encoder)\.")  # CLIP, T5
 _WAN = re.compile(r"blocks\.\d+\.(attn1|attn2|ffn)\.")
 _SD3 = re.compile(r"transformer_blocks\.\d+\.(attn|attn2|ff|ff_context|norm1)\.")
-# width of the text embeddings; SD 2's names are SD 1's
+# width of the text embeddings; SD 2 has the names of SD 1 in all programs
 _CROSS_ATTENTION = {768: "sd", 1024: "sd", 2048: "sdxl"}
 
 
 def component_of(names: Mapping[str, object]) -> str:
-    """The name in diffusers' pipelines of the denoiser with such layers."""
+    """The name in diffusers' pipelines of the model with such layers."""
+    if all(_TEXT_ENCODER.match(name) for name in names):
+        return "text_encoder"
     return "unet" if all(_UNET.match(name) for name in names) else "transformer"
 
 
@@ -27,6 +30,8 @@ def family_of(layers: Mapping[str, AdapterLayer]) -> str | None:
     under another name counts as the family.
     """
     if component_of(layers) == "unet":
+        if any("temporal" in name or "motion" in name for name in layers):
+            return None  # video models made of SD's layers and others
         widths = {
             layer.factors.q.shape[1]
             for name, layer in layers.items()

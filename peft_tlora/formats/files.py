@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 _TEXT_LIMIT = 1 << 20  # bytes of a JSON or YAML file; ours have a few kilobytes
@@ -123,7 +123,7 @@ def write_tensors(
     """Write a safetensors file, which appears whole or not at all."""
     with replaced(path) as new:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        new.write_bytes(save(whole, {"format": "pt", **(metadata or {})}))
+        save_file(whole, new, {"format": "pt", **(metadata or {})})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .families import FAMILIES, UNETS
 from .files import write_tensors
-from .names import original
+from .names import check_comfyui, original
 from .own import as_file
 from .plain import PlainLora, fused
 
@@ -68,6 +68,8 @@ def write_comfyui(
         ValueError: If the family is unknown, or a layer has no name there.
     """
     known = _known(lora, family)
+    for name in lora.layers:
+        check_comfyui(known, name)
     if known in UNETS:  # ComfyUI knows diffusers' names of U-Nets
         return _write(destination, _underscored(lora.layers))
     if known == "wan":

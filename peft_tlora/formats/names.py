@@ -86,13 +86,38 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-_SDXL_OUTSIDE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
+_TIME = "time_text_embed.timestep_embedder.linear"
+_TEXT = "time_text_embed.text_embedder.linear"
+_GUIDANCE = "time_text_embed.guidance_embedder.linear"
+# layers outside of the blocks
+_OUTSIDE = {
+    "flux": {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        f"{_TIME}_1": "time_in.in_layer",
+        f"{_TIME}_2": "time_in.out_layer",
+        f"{_TEXT}_1": "vector_in.in_layer",
+        f"{_TEXT}_2": "vector_in.out_layer",
+        f"{_GUIDANCE}_1": "guidance_in.in_layer",
+        f"{_GUIDANCE}_2": "guidance_in.out_layer",
+    },
+    "sd3": {
+        "pos_embed.proj": "x_embedder.proj",
+        "context_embedder": "context_embedder",
+        f"{_TIME}_1": "t_embedder.mlp.0",
+        f"{_TIME}_2": "t_embedder.mlp.2",
+        f"{_TEXT}_1": "y_embedder.mlp.0",
+        f"{_TEXT}_2": "y_embedder.mlp.2",
+        "proj_out": "final_layer.linear",
+    },
+}
+# layers that ComfyUI knows by diffusers' names and sd-scripts has no LoRA for, or in another order
+_COMFYUI_ONLY = {
+    "sd": r"conv_in|conv_out|time_embedding\.linear_[12]",
+    "sdxl": r"conv_in|conv_out|(time|add)_embedding\.linear_[12]",
+    "sd3": r"transformer_blocks\.\d+\.norm1_context\.linear|norm_out\.linear",
+    "flux": r"norm_out\.linear|proj_out",
+    "wan": "(?!)",
 }
 _UNET_LAYER = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(attentions|resnets|downsamplers|upsamplers)\.(\d+)\.(.+)"
@@ -100,23 +125,43 @@ _UNET_LAYER = re.compile(
 
 
 def original(family: str, name: str) -> Place:
-    """Where a layer of diffusers is in the original model of a family.
+    """Where a layer of diffusers is in the model that kohya's trainers have of a family.
 
     Raises:
-        ValueError: If the original has no such layer.
+        ValueError: If they have no LoRA for such a layer, as far as this package knows.
     """
-    if family == "sd":  # its trainers use diffusers' names
-        return Place(name)
-    place = _sgm(name) if family == "sdxl" else _in_blocks(family, name)
+    place = _place(family, name)
     if place is None:
-        raise ValueError(
-            f"Layer {name} has no name in the original {family} model that this package knows; "
-            "leave it out of the adapter, or write diffusers' names with --to lora."
-        )
+        raise ValueError(_NO_NAME.format(name, f"the {family} model of kohya's trainers"))
     return place
 
 
+def check_comfyui(family: str, name: str) -> None:
+    """Raise unless ComfyUI loads a LoRA for a layer of diffusers.
+
+    Raises:
+        ValueError: If it doesn't, as far as this package knows.
+    """
+    if _place(family, name) is None and not re.fullmatch(_COMFYUI_ONLY[family], name):
+        raise ValueError(_NO_NAME.format(name, f"ComfyUI's {family} model"))
+
+
+_NO_NAME = (
+    "Layer {} has no name in {} that this package knows; leave it out of the adapter, or write "
+    "diffusers' names with --to lora."
+)
+
+
+def _place(family: str, name: str) -> Place | None:
+    if family == "sd":  # its trainers use diffusers' names
+        return Place(name) if _UNET_LAYER.fullmatch(name) else None
+    return _sgm(name) if family == "sdxl" else _in_blocks(family, name)
+
+
 def _in_blocks(family: str, name: str) -> Place | None:
+    outside = _OUTSIDE.get(family, {}).get(name)
+    if outside is not None:
+        return Place(outside)
     for ours, theirs, layers in _BLOCKS[family]:
         match = re.fullmatch(rf"{ours}\.(\d+)\.(.+)", name)
         if match and match[2] in layers:
@@ -127,18 +172,11 @@ def _in_blocks(family: str, name: str) -> Place | None:
 
 def _sgm(name: str) -> Place | None:
     """SDXL's U-Net in Stability's code: two layers a block on the way down, three on the way up."""
-    if name in _SDXL_OUTSIDE:
-        return Place(_SDXL_OUTSIDE[name])
     match = _UNET_LAYER.fullmatch(name)
     if match is None:
         return None
-    side, block, kind, number, rest = (
-        match[1],
-        int(match[2] or 0),
-        match[3],
-        int(match[4]),
-        match[5],
-    )
+    side, kind, rest = match[1], match[3], match[5]
+    block, number = int(match[2] or 0), int(match[4])
     if kind == "resnets":
         rest = _RESNET.get(rest, rest)
     column = 1 if kind == "attentions" else 0

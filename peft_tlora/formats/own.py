@@ -1,6 +1,7 @@
 """This package's own formats: PEFT's folder and diffusers' single file."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -77,6 +78,8 @@ def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
 def read_diffusers(source: Source, *, component: str | None = None) -> Adapter:
     """Read the file that the `save_lora_weights` of diffusers' pipelines writes.
 
+    An `Adapter` is of one model: the adapter's notes count the tensors of the others.
+
     Args:
         source: The file, a folder with it, or the opened file.
         component: Which of the pipeline's models, such as "unet"; the only one if None.
@@ -99,7 +102,12 @@ def read_diffusers(source: Source, *, component: str | None = None) -> Adapter:
         for name, tensor in file.tensors.items()
         if name.startswith(prefix)
     }
-    return Adapter(component, layers_of_own(tensors, "diffusers with T-LoRA"))
+    notes = tuple(
+        f"{count} tensors of {other} are left out; --component {other} reads them."
+        for other, count in Counter(name.partition(".")[0] for name in file.tensors).items()
+        if other != component
+    )
+    return Adapter(component, layers_of_own(tensors, "diffusers with T-LoRA"), notes)
 
 
 def write_diffusers(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:

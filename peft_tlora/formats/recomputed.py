@@ -36,23 +36,10 @@ def recompute(name: str, factors: Factors, weight: Tensor, sig_type: str) -> tup
     q, p, lam, *_ = factors
     if sig_type not in _SIG_TYPES:
         raise ValueError(f"sig_type must be one of {list(_SIG_TYPES)}, got {sig_type!r}.")
-    if type(weight.data) is not Tensor or weight.dtype not in _DTYPES or weight.is_meta:
-        raise ValueError(
-            f"Layer {name} has a weight of type {type(weight.data).__name__}, {weight.dtype}, on "
-            f"{weight.device}: the frozen factors are singular vectors of the base's weights and "
-            "need them as they were in the training, not quantised and not left out."
-        )
-    if weight[0, 0].numel() > 1:
-        raise ValueError(
-            f"Layer {name} is a convolution with a kernel of {tuple(weight.shape[2:])}, for which "
-            "LyCORIS cuts the singular vectors to 1x1; leave such layers out of the file."
-        )
+    _check_weight(name, weight)
     if lam is None or len(q) > min(weight.shape[:2]):
         raise ValueError(f"Layer {name} has no lambda_layer or a rank above its weight's size.")
-    u, s, vh = torch.linalg.svd(weight.detach().cpu().float().flatten(1), full_matrices=False)
-    first = {"principal": 0, "last": len(s) - len(q), "middle": (len(s) - len(q)) // 2}[sig_type]
-    window = slice(first, first + len(q))
-    rows, columns = vh[window], u[:, window]
+    columns, values, rows = _triplets(weight, len(q), sig_type)
     cosines = torch.nn.functional.cosine_similarity(rows, q.float().flatten(1), dim=1)
     others = torch.nn.functional.cosine_similarity(columns, p.float().flatten(1), dim=0)
     agreement = float(torch.minimum(cosines.abs(), others.abs()).median())
@@ -65,4 +52,26 @@ def recompute(name: str, factors: Factors, weight: Tensor, sig_type: str) -> tup
     sign = torch.where(cosines < 0, -1.0, 1.0)
     q0, p0 = (rows * sign[:, None]).reshape(q.shape), (columns * sign).reshape(p.shape)
     # the trainer subtracts the start in float32, however the file rounds the trained factors
-    return Factors(q.float(), p.float(), lam.float(), q0, p0, s[window].contiguous()), agreement
+    return Factors(q.float(), p.float(), lam.float(), q0, p0, values), agreement
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if type(weight.data) is not Tensor or weight.dtype not in _DTYPES or weight.is_meta:
+        raise ValueError(
+            f"Layer {name} has a weight of type {type(weight.data).__name__}, {weight.dtype}, on "
+            f"{weight.device}: the frozen factors are singular vectors of the base's weights and "
+            "need them as they were in the training, not quantised and not left out."
+        )
+    if weight[0, 0].numel() > 1:
+        raise ValueError(
+            f"Layer {name} is a convolution with a kernel of {tuple(weight.shape[2:])}, for which "
+            "LyCORIS cuts the singular vectors to 1x1; leave such layers out of the file."
+        )
+
+
+def _triplets(weight: Tensor, r: int, sig_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triplets of a weight: shapes (out, r), (r,) and (r, in)."""
+    u, s, vh = torch.linalg.svd(weight.detach().cpu().float().flatten(1), full_matrices=False)
+    first = {"principal": 0, "last": len(s) - r, "middle": (len(s) - r) // 2}[sig_type]
+    window = slice(first, first + r)
+    return u[:, window], s[window].contiguous(), vh[window]

@@ -19,9 +19,9 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..checkpoint import config_from_state_dict, is_tlora
+from ..checkpoint import SCHEDULE, config_from_state_dict, is_tlora
 from ..config import TLoraConfig
-from ..formats.adapter import Adapter
+from ..formats.adapter import Adapter, check_fit
 from ..formats.tensors import layers_of_own
 
 _FUNCTION = "_create_lora_config"
@@ -68,9 +68,27 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_hotswap(state_dict, kwargs.get("model_state_dict"), kwargs.get("adapter_name"))
         if not is_tlora(state_dict):
             return original(state_dict, network_alphas, metadata, *args, **kwargs)
+        _refuse_other_base(state_dict, kwargs.get("model_state_dict"))
         return config_from_state_dict(state_dict) if not metadata else TLoraConfig(**metadata)
 
     return create_config
+
+
+def _refuse_other_base(new: Mapping[str, Tensor], model: Mapping[str, Tensor] | None) -> None:
+    """Refuse an adapter for other layers; torch would notice when they are already in the model."""
+    if model is None:  # text encoders
+        return
+    names = {key.rpartition(".")[0] for key in model}
+    for layer in (key.removesuffix(SCHEDULE) for key in new if key.endswith(SCHEDULE)):
+        place = next((name for name in (f"{layer}.base_layer", layer) if name in names), None)
+        if place is None:
+            raise ValueError(
+                f"The adapter doesn't fit: the model has no layer {layer[:200]}. Is it for another "
+                "base model?"
+            )
+        if f"{place}.weight" in model:
+            q, p = (new[f"{layer}.lora_{x}.weight"] for x in "AB")
+            check_fit(layer, q, p, model[f"{place}.weight"])
 
 
 def _refuse_hotswap(
@@ -156,6 +174,14 @@ def load_tlora_weights(
         adapter = Adapter(name, layers_of_own(part, "T-LoRA"))
         adapter.check_fits(pipeline.components[name])
     configs = {name: config_from_state_dict(part) for name, part in parts.items()}
+    prefixes = tuple(f"{name}." for name in parts)
+    others = [key for key in state_dict if not key.startswith(prefixes)]
+    if others:
+        warnings.warn(
+            f"{len(others)} tensors are of no T-LoRA adapter for a model of "
+            f"{type(pipeline).__name__} and aren't loaded, such as {others[0][:200]!r}.",
+            stacklevel=2,
+        )
     for name, part in parts.items():
         module = pipeline.components[name]
         inject_adapter_in_model(configs[name], module, adapter_name=adapter_name)
