@@ -1,0 +1,145 @@
+"""Means, paired differences and Pareto fronts, with bootstrap intervals over concepts and seeds."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import sqrtm
+
+from evidence.plan import Variant
+from evidence.store import Record
+
+DRAWS = 2000
+Table = dict[str, dict[int, float]]  # concept -> seed -> value
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % bootstrap interval, and how many concepts it rests on."""
+
+    mean: float
+    low: float
+    high: float
+    concepts: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def variant_of(record: Record) -> Variant:
+    """The arm and its ranks."""
+    return (record["arm"], record["r"], record["r_min"])
+
+
+def select(records: Sequence[Record], variant: Variant, step: int) -> list[Record]:
+    """The records of a variant at a checkpoint; the base has only the checkpoint 0."""
+    wanted = 0 if variant[0] == "base" else step
+    return [r for r in records if variant_of(r) == variant and r["step"] == wanted]
+
+
+def table(records: Sequence[Record], metric: str | Callable[[Record], float]) -> Table:
+    """A metric by concept and seed."""
+    values: Table = defaultdict(dict)
+    for record in records:
+        value = metric(record) if callable(metric) else record[metric]
+        values[record["concept"]][record["seed"]] = value
+    return dict(values)
+
+
+def resample(values: Table, rng: np.random.Generator) -> list[tuple[str, int]]:
+    """Concepts drawn with replacement, and within each its seeds."""
+    concepts = list(values)
+    return [
+        (concepts[i], list(values[concepts[i]])[j])
+        for i in rng.integers(len(concepts), size=len(concepts))
+        for j in rng.integers(len(values[concepts[i]]), size=len(values[concepts[i]]))
+    ]
+
+
+def _mean(values: Table) -> float:
+    """The mean over concepts of each one's mean over seeds."""
+    return float(np.mean([np.mean(list(seeds.values())) for seeds in values.values()]))
+
+
+def bootstrap(values: Table, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """The mean with its interval; concepts are the unit, since seeds of one are alike.
+
+    Raises:
+        ValueError: There is nothing to resample.
+    """
+    if not values:
+        raise ValueError("no records of this kind; run the trials first")
+    rng = np.random.default_rng(seed)
+    drawn = [
+        np.mean([values[concept][s] for concept, s in resample(values, rng)]) for _ in range(draws)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Interval(_mean(values), float(low), float(high), len(values))
+
+
+def paired(first: Sequence[Record], second: Sequence[Record], metric: str) -> Interval:
+    """``first - second`` on the concepts and seeds that both have."""
+    a, b = table(first, metric), table(second, metric)
+    common = {
+        concept: {s: a[concept][s] - b[concept][s] for s in seeds if s in b.get(concept, {})}
+        for concept, seeds in a.items()
+    }
+    return bootstrap({concept: seeds for concept, seeds in common.items() if seeds})
+
+
+def front(points: Sequence[tuple[float, float]], grid: np.ndarray) -> np.ndarray:
+    """The best alignment among the points of at least each fidelity of the grid; nan for none."""
+    fidelity, alignment = np.array(points, float).reshape(-1, 2).T
+    reached = fidelity >= grid[:, None]
+    best = np.where(reached, alignment, -np.inf).max(1, initial=-np.inf)
+    return np.where(np.isfinite(best), best, np.nan)
+
+
+def front_band(
+    checkpoints: Sequence[Sequence[Record]], grid: np.ndarray, draws: int = 500, seed: int = 0
+) -> np.ndarray:
+    """A variant's front over its checkpoints: mean, low and high, ``(3, len(grid))``.
+
+    A level that fewer than half the resamples reach is left out.
+    """
+    tables = [
+        (table(records, "overlap"), table(records, "alignment"))
+        for records in checkpoints
+        if records
+    ]
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        chosen = resample(tables[0][0], rng)
+        points = [
+            (np.mean([f[c][s] for c, s in chosen]), np.mean([a[c][s] for c, s in chosen]))
+            for f, a in tables
+        ]
+        drawn.append(front(points, grid))  # type: ignore[arg-type]
+    curves = np.array(drawn)
+    reached = np.isfinite(curves).mean(0) >= 0.5
+    band = np.full((3, len(grid)), np.nan)
+    band[0] = front([(_mean(f), _mean(a)) for f, a in tables], grid)
+    band[1:, reached] = np.nanquantile(curves[:, reached], (0.025, 0.975), axis=0)
+    return band
+
+
+def toy_frechet(features: np.ndarray, truth: np.ndarray) -> float:
+    """Frechet distance of Gaussians fitted to two sets of features (FID's formula)."""
+    root = sqrtm(np.cov(features.T) @ np.cov(truth.T))
+    distance = ((features.mean(0) - truth.mean(0)) ** 2).sum()
+    trace = np.trace(np.cov(features.T) + np.cov(truth.T) - 2 * np.real(root))
+    return float(distance + trace)
+
+
+@torch.no_grad()
+def toy_inception(features: np.ndarray) -> float:
+    """Inception Score's formula with the project's encoder, on its background head."""
+    from evidence.encoder import load
+
+    scores = load().logits(torch.from_numpy(features.astype(np.float32)))["background"]
+    chances = scores.softmax(-1)
+    spread = (chances * (chances.log() - chances.mean(0).log())).sum(-1).mean()
+    return float(spread.exp())
