@@ -53,7 +53,7 @@ def main() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         if len(plan.rates) > 1:
             run_cells(plans.tuning_cells(plan), args.output, args.device, "tuning")
-        cells = plans.test_cells(plan, store.load(args.output / RESULTS))
+        cells = plans.comparison_cells(plan, store.load(args.output / RESULTS))
         run_cells(cells, args.output, args.device, "test")
     write_report(store.load(args.output / RESULTS), plan, args.output)
 

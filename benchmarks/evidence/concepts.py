@@ -151,19 +151,20 @@ def training_setting(concept: Concept) -> Setting:
 def asked_settings(concept: Concept, count: int) -> list[Setting]:
     """Settings unlike the training one; every second has another place, the rest its place.
 
-    Backgrounds are never in a colour of the concept, so that the object can be told from them.
+    Backgrounds are never in a colour of the concept, so that the object can be told from them; no
+    two settings look the same but for the place, so there are at most 12.
     """
     seen = training_setting(concept)
     used = (concept.colour, concept.second, seen.background)
-    choices = product(
+    looks = product(
         [colour for colour in COLOURS if colour not in used],
         [texture for texture in TEXTURES if texture != seen.texture],
-        [position for position in POSITIONS if position != seen.position],
     )
-    chosen = random.Random(f"asked:{concept.name}").sample(list(choices), count)
+    elsewhere = [position for position in POSITIONS if position != seen.position]
+    rng = random.Random(f"asked:{concept.name}")
     return [
-        Setting(background, texture, seen.position if i % 2 else position)
-        for i, (background, texture, position) in enumerate(chosen)
+        Setting(*look, seen.position if i % 2 else rng.choice(elsewhere))
+        for i, look in enumerate(rng.sample(list(looks), count))
     ]
 
 

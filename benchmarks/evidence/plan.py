@@ -43,8 +43,9 @@ class Plan:
 
 PLANS = {
     "full": Plan(),
+    # every arm once, untuned: what two busy cores do in an hour or two
     "subset": Plan(
-        ranks=(16,), shares=(0.5,), rates=(3e-3, 1e-2), tuning=1, test=4, seeds=1, steps=(40, 100)
+        ranks=(16,), shares=(0.5,), rates=(3e-3,), tuning=0, test=8, seeds=1, steps=(40, 100)
     ),
     "quick": Plan(
         arms=("lora", "vanilla", "tlora"),
@@ -89,7 +90,7 @@ def rate_of(variant: Variant, settings: dict[Variant, tuple[float, int]], plan: 
     return settings["lora" if arm in BANDS else arm, ranks[0], ranks[1]][0]
 
 
-def test_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
+def comparison_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
     """Every variant at its chosen learning rate on the test concepts, seed by seed."""
     settings, cells = best_settings(records, plan), []
     for seed in range(plan.seeds):

@@ -1,12 +1,12 @@
 """The tables of a report, as Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from evidence import analysis, limits
 from evidence.arms import BANDS, BASE, title
-from evidence.plan import Plan, Variant, best_settings, test_cells, variants
+from evidence.plan import Plan, Variant, best_settings, comparison_cells, variants
 from evidence.store import Record, key
 
 METRICS = {
@@ -25,7 +25,8 @@ METRICS = {
     "similarity": "similarity",
     "drift": "drift",
 }
-PAIRED = ("overlap", "alignment", "elsewhere_leakage", "drift")
+Names = Mapping[str, str]
+PAIRED = {name: METRICS[name] for name in ("overlap", "alignment", "elsewhere_leakage", "drift")}
 
 
 def name_of(variant: Variant) -> str:
@@ -41,7 +42,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def tested(records: Sequence[Record], plan: Plan) -> list[Record]:
     """The records of the plan's test trials."""
-    keys = {cell.key for cell in test_cells(plan, records)}
+    keys = {cell.key for cell in comparison_cells(plan, records)}
     return [record for record in records if key(record) in keys]
 
 
@@ -54,16 +55,20 @@ def limits_table() -> str:
     return markdown(["measure", *kinds], rows)
 
 
-def means_table(records: Sequence[Record], steps: dict[Variant, int]) -> str:
+def means_table(
+    records: Sequence[Record], steps: dict[Variant, int], names: Names = METRICS
+) -> str:
     """Every measure of each variant at its number of steps."""
+    has_features = any("features" in record for record in records)
     rows = []
     for variant, step in steps.items():
         chosen = analysis.select(records, variant, step)
         if not chosen:
             continue
-        cells = [f"{analysis.bootstrap(analysis.table(chosen, m)).mean:.3f}" for m in METRICS]
-        rows.append([name_of(variant), str(step), *cells, *_toy_scores(chosen)])
-    header = ["arm", "steps", *METRICS.values(), "toy FID", "toy IS"]
+        cells = [f"{analysis.bootstrap(analysis.table(chosen, m)).mean:.3f}" for m in names]
+        toy = _toy_scores(chosen) if has_features else []
+        rows.append([name_of(variant), str(step), *cells, *toy])
+    header = ["arm", "steps", *names.values(), *(("toy FID", "toy IS") if has_features else ())]
     return markdown(header, rows)
 
 
@@ -74,20 +79,24 @@ def _toy_scores(records: Sequence[Record]) -> list[str]:
     return [f"{analysis.toy_frechet(made, true):.2f}", f"{analysis.toy_inception(made):.2f}"]
 
 
-def intervals_table(records: Sequence[Record], steps: dict[Variant, int]) -> str:
-    """The four main measures with intervals."""
+def intervals_table(
+    records: Sequence[Record], steps: dict[Variant, int], names: Names = PAIRED
+) -> str:
+    """The main measures with intervals."""
     rows = []
     for variant, step in steps.items():
         chosen = analysis.select(records, variant, step)
         if chosen:
             rows.append([
                 name_of(variant),
-                *(str(analysis.bootstrap(analysis.table(chosen, m))) for m in PAIRED),
+                *(str(analysis.bootstrap(analysis.table(chosen, m))) for m in names),
             ])  # fmt: skip
-    return markdown(["arm", *(METRICS[m] for m in PAIRED)], rows)
+    return markdown(["arm", *names.values()], rows)
 
 
-def paired_table(records: Sequence[Record], steps: dict[Variant, int]) -> str:
+def paired_table(
+    records: Sequence[Record], steps: dict[Variant, int], names: Names = PAIRED
+) -> str:
     """T-LoRA minus every other arm of its rank, on the same concepts and seeds."""
     rows = []
     for target in (v for v in steps if v[0] == "tlora"):
@@ -97,9 +106,9 @@ def paired_table(records: Sequence[Record], steps: dict[Variant, int]) -> str:
             comparable = other[1] == target[1] and other[2] in (0, target[2])
             if other == target or not comparable or not ours or not theirs:
                 continue
-            differences = [str(analysis.paired(ours, theirs, metric)) for metric in PAIRED]
+            differences = [str(analysis.paired(ours, theirs, metric)) for metric in names]
             rows.append([f"{name_of(target)} - {name_of(other)}", *differences])
-    return markdown(["difference", *(METRICS[m] for m in PAIRED)], rows)
+    return markdown(["difference", *names.values()], rows)
 
 
 def report(records: Sequence[Record], plan: Plan) -> str:
