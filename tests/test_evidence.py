@@ -89,8 +89,8 @@ def test_leakage_and_alignment_of_the_given_picture_are_at_their_worst():
         assert (row["leakage"], row["alignment"], row["identity"]) == (1.0, 0.0, 1.0)
 
 
-def test_a_concept_with_exchanged_colours_is_not_identified():
-    concept = TEST[0]
+@pytest.mark.parametrize("concept", CONCEPTS.values(), ids=lambda concept: concept.name)
+def test_a_concept_with_exchanged_colours_is_not_identified(concept):
     decoy = replace(concept, colour=concept.second, second=concept.colour)
     picture = draw(decoy, asked_settings(concept, 1)[0])
     assert not metrics.is_identified(palette_map(picture), concept)
@@ -277,6 +277,8 @@ def test_test_trials_take_the_rate_that_scored_best_in_tuning():
     assert {cell.lr for cell in cells if cell.arm != "base"} == {3e-3}
     assert {cell.arm for cell in cells} == {"base", "lora", *BANDS}
     assert {cell.concept for cell in cells} == {TEST[0].name}
+    with pytest.raises(ValueError, match="run this plan's tuning"):
+        plan.comparison_cells(replace(small, arms=("tlora",)), records)
 
 
 def test_a_trial_runs_on_the_toybox(monkeypatch):

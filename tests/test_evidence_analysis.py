@@ -88,6 +88,8 @@ def test_interval_widens_with_fewer_concepts_not_with_fewer_seeds():
     assert whole.mean == pytest.approx(level.mean(), abs=0.02)
     assert whole.low < whole.mean < whole.high
     assert few.concepts == 3
+    assert str(few) == f"{few.mean:.3f} (n=3)"  # no interval that looks surer than it is
+    assert str(whole).endswith(f"{whole.high:.3f}]")
 
 
 def test_front_is_the_best_alignment_of_at_least_each_fidelity():
@@ -137,7 +139,7 @@ def test_report_and_plots_of_synthetic_results(tmp_path, monkeypatch):
              for c, f in truth.items()]  # fmt: skip
     monkeypatch.setattr(limits, "measure_limits", lambda: {"true pictures": limit})
     text = tables.report(records, PLAN)
-    assert "8 test concepts, 3 seeds" in text
+    assert "8 test concepts, 3 seeds, 144 of 144 trials" in text
     assert "T-LoRA, r=16, r_min=8 - LoRA r, r=16" in text
     plots.fronts(records, PLAN, 16, tmp_path / "front.png")
     plots.over_steps(records, PLAN, [LORA, TLORA], tmp_path / "steps.png")

@@ -12,6 +12,7 @@ from evidence.plan import Variant
 from evidence.store import Record
 
 DRAWS = 2000
+ENOUGH = 5  # concepts; resampling fewer gives intervals far too narrow, so none is shown
 Table = dict[str, dict[int, float]]  # concept -> seed -> value
 
 
@@ -25,6 +26,8 @@ class Interval:
     concepts: int
 
     def __str__(self) -> str:
+        if self.concepts < ENOUGH:
+            return f"{self.mean:.3f} (n={self.concepts})"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

@@ -83,11 +83,20 @@ def tuning_cells(plan: Plan) -> list[Cell]:
 
 
 def rate_of(variant: Variant, settings: dict[Variant, tuple[float, int]], plan: Plan) -> float:
-    """The chosen rate; bands of LoRA take LoRA's, and a plan's only rate needs no choice."""
+    """The chosen rate; bands of LoRA take LoRA's, and a plan's only rate needs no choice.
+
+    Raises:
+        ValueError: The variant was not tuned yet.
+    """
     if len(plan.rates) == 1:
         return plan.rates[0]
-    arm, *ranks = variant
-    return settings["lora" if arm in BANDS else arm, ranks[0], ranks[1]][0]
+    arm, r, r_min = variant
+    tuned = ("lora" if arm in BANDS else arm, r, r_min)
+    if tuned not in settings:
+        raise ValueError(
+            f"{tuned} has no rate yet; run this plan's tuning trials to their end first"
+        )
+    return settings[tuned][0]
 
 
 def comparison_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:

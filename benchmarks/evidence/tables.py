@@ -25,6 +25,7 @@ METRICS = {
     "similarity": "similarity",
     "drift": "drift",
 }
+FEW_PICTURES = 48  # fewer don't determine the Gaussian that the toy FID fits (24 features)
 Names = Mapping[str, str]
 PAIRED = {name: METRICS[name] for name in ("overlap", "alignment", "elsewhere_leakage", "drift")}
 
@@ -75,6 +76,8 @@ def means_table(
 def _toy_scores(records: Sequence[Record]) -> list[str]:
     truth = {r["concept"]: r["features"] for r in limits.measure_limits()["true pictures"]}
     made = np.array([f for r in records for f in r["features"]])
+    if len(made) < FEW_PICTURES:
+        return ["-", "-"]
     true = np.array([f for r in records for f in truth[r["concept"]]])
     return [f"{analysis.toy_frechet(made, true):.2f}", f"{analysis.toy_inception(made):.2f}"]
 
@@ -116,15 +119,16 @@ def report(records: Sequence[Record], plan: Plan) -> str:
     final = max(plan.steps)
     test = tested(records, plan)
     equal = {(BASE, 0, 0): 0} | {v: final for v in variants(plan)}
+    planned = len(comparison_cells(plan, records))
     concepts, seeds = {r["concept"] for r in test}, {r["seed"] for r in test}
     parts = [
         f"{len(concepts)} test concepts, {len(seeds)} seeds, "
-        f"{len({key(r) for r in test})} trials, checkpoints {plan.steps}.\n",
+        f"{len({key(r) for r in test})} of {planned} trials, checkpoints {plan.steps}.\n",
         "## What the measures can say\n", limits_table(),
         f"## Equal steps ({final})\n", means_table(test, equal), intervals_table(test, equal),
         "### T-LoRA against the others, paired\n", paired_table(test, equal),
     ]  # fmt: skip
-    settings = best_settings(records, plan)
+    settings = best_settings(records, plan) if plan.tuning else {}
     if settings:
         best = {(BASE, 0, 0): 0} | {v: settings[v][1] for v in variants(plan) if v in settings}
         chosen = [[name_of(v), f"{lr:g}", str(step)] for v, (lr, step) in settings.items()]
