@@ -92,8 +92,14 @@ def test_interval_widens_with_fewer_concepts_not_with_fewer_seeds():
     assert str(whole).endswith(f"{whole.high:.3f}]")
 
 
+def test_resampling_leaves_out_seeds_that_a_concept_lacks():
+    values = {"a": {0: 1.0, 1: 1.0, 2: 1.0}, "b": {5: 3.0}}
+    interval = analysis.bootstrap(values)
+    assert (interval.mean, interval.low, interval.high) == (2.0, 1.0, 3.0)
+
+
 def test_front_is_the_best_alignment_of_at_least_each_fidelity():
-    points = [(0.2, 0.9), (0.5, 0.6), (0.4, 0.5)]
+    points = np.array([(0.2, 0.9), (0.5, 0.6), (0.4, 0.5)])
     best = analysis.front(points, np.array([0.1, 0.2, 0.3, 0.5, 0.6]))
     np.testing.assert_allclose(best, [0.9, 0.9, 0.6, 0.6, np.nan])
 

@@ -51,17 +51,35 @@ def table(records: Sequence[Record], metric: str | Callable[[Record], float]) ->
     return dict(values)
 
 
-def resample(values: Table, rng: np.random.Generator) -> list[tuple[str, int]]:
-    """Concepts drawn with replacement, and within each its seeds."""
-    concepts = list(values)
-    return [
-        (concepts[i], list(values[concepts[i]])[j])
-        for i in rng.integers(len(concepts), size=len(concepts))
-        for j in rng.integers(len(values[concepts[i]]), size=len(values[concepts[i]]))
-    ]
+def matrix(values: Table) -> np.ndarray:
+    """The table as ``(concepts, seeds)``, nan where a concept has fewer seeds than others."""
+    width = max(len(seeds) for seeds in values.values())
+    cells = np.full((len(values), width), np.nan)
+    for row, seeds in zip(cells, values.values(), strict=True):
+        row[: len(seeds)] = list(seeds.values())
+    return cells
 
 
-def _mean(values: Table) -> float:
+def resample(cells: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of concepts drawn with replacement, and for each of as many of its seeds.
+
+    Args:
+        cells: What ``matrix`` returns.
+        draws: The number of resamples.
+        seed: Decides them.
+
+    Returns:
+        Indices that select ``(draws, concepts, seeds)`` values.
+    """
+    rng = np.random.default_rng(seed)
+    concepts, seeds = cells.shape
+    chosen = rng.integers(concepts, size=(draws, concepts))
+    available = np.isfinite(cells).sum(1)[chosen]
+    within = rng.random((draws, concepts, seeds)) * available[..., None]
+    return chosen[..., None], within.astype(int)
+
+
+def mean(values: Table) -> float:
     """The mean over concepts of each one's mean over seeds."""
     return float(np.mean([np.mean(list(seeds.values())) for seeds in values.values()]))
 
@@ -74,12 +92,10 @@ def bootstrap(values: Table, draws: int = DRAWS, seed: int = 0) -> Interval:
     """
     if not values:
         raise ValueError("no records of this kind; run the trials first")
-    rng = np.random.default_rng(seed)
-    drawn = [
-        np.mean([values[concept][s] for concept, s in resample(values, rng)]) for _ in range(draws)
-    ]
+    cells = matrix(values)
+    drawn = cells[resample(cells, draws, seed)].mean((1, 2))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Interval(_mean(values), float(low), float(high), len(values))
+    return Interval(mean(values), float(low), float(high), len(values))
 
 
 def paired(first: Sequence[Record], second: Sequence[Record], metric: str) -> Interval:
@@ -92,9 +108,9 @@ def paired(first: Sequence[Record], second: Sequence[Record], metric: str) -> In
     return bootstrap({concept: seeds for concept, seeds in common.items() if seeds})
 
 
-def front(points: Sequence[tuple[float, float]], grid: np.ndarray) -> np.ndarray:
-    """The best alignment among the points of at least each fidelity of the grid; nan for none."""
-    fidelity, alignment = np.array(points, float).reshape(-1, 2).T
+def front(points: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The best alignment among ``(points, 2)`` of at least each fidelity; nan where none is."""
+    fidelity, alignment = points.T
     reached = fidelity >= grid[:, None]
     best = np.where(reached, alignment, -np.inf).max(1, initial=-np.inf)
     return np.where(np.isfinite(best), best, np.nan)
@@ -112,19 +128,13 @@ def front_band(
         for records in checkpoints
         if records
     ]
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(draws):
-        chosen = resample(tables[0][0], rng)
-        points = [
-            (np.mean([f[c][s] for c, s in chosen]), np.mean([a[c][s] for c, s in chosen]))
-            for f, a in tables
-        ]
-        drawn.append(front(points, grid))  # type: ignore[arg-type]
+    indices = resample(matrix(tables[0][0]), draws, seed)
+    means = np.array([[matrix(t)[indices].mean((1, 2)) for t in pair] for pair in tables])
+    drawn = [front(means[..., draw], grid) for draw in range(draws)]
     curves = np.array(drawn)
     reached = np.isfinite(curves).mean(0) >= 0.5
     band = np.full((3, len(grid)), np.nan)
-    band[0] = front([(_mean(f), _mean(a)) for f, a in tables], grid)
+    band[0] = front(np.array([(mean(f), mean(a)) for f, a in tables]), grid)
     band[1:, reached] = np.nanquantile(curves[:, reached], (0.025, 0.975), axis=0)
     return band
 

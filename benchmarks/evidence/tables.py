@@ -66,7 +66,7 @@ def means_table(
         chosen = analysis.select(records, variant, step)
         if not chosen:
             continue
-        cells = [f"{analysis.bootstrap(analysis.table(chosen, m)).mean:.3f}" for m in names]
+        cells = [f"{analysis.mean(analysis.table(chosen, m)):.3f}" for m in names]
         toy = _toy_scores(chosen) if has_features else []
         rows.append([name_of(variant), str(step), *cells, *toy])
     header = ["arm", "steps", *names.values(), *(("toy FID", "toy IS") if has_features else ())]
