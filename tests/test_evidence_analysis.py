@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evidence import analysis, limits, plots, tables
+from evidence import analysis, limits, plots, tables, trial
 from evidence.concepts import SPLITS
 from evidence.encoder import FEATURES
 from evidence.plan import PLANS, comparison_cells, tuning_cells
@@ -170,3 +170,13 @@ def test_ceiling_and_floor_enclose_every_measure(monkeypatch):
     assert memorised["diversity"] < 0.01 < true["diversity"]
     assert mean["after the autoencoder"]["overlap"] > 0.7 > noise["overlap"]
     assert noise["identity"] == 0
+
+
+def test_asked_bare_and_unrelated_pictures_are_judged_apart():
+    concept = SPLITS["test"][0]
+    true, given = limits.true_pictures(concept), limits.memorised_pictures(concept)
+    values = trial.judge({**true, "free": given["free"]}, concept, true["unrelated"])
+    assert (values["alignment"], values["elsewhere_leakage"]) == (1, 0)
+    assert (values["free_leakage"], values["free_identity"]) == (1, 1)
+    assert values["similarity"] == pytest.approx(1, abs=1e-5)
+    assert (values["drift"], values["diversity"]) == pytest.approx((0, 0), abs=1e-5)
