@@ -26,9 +26,11 @@ class Factors(NamedTuple):
     p0: Tensor | None = None
     lam0: Tensor | None = None
 
-    def first(self, ranks: int) -> "Factors":
-        """The factors of the first ranks of an adapter without groups."""
+    def first(self, ranks: int | None) -> "Factors":
+        """The factors of the first ranks of an adapter without groups, None for all."""
         q, p, lam, q0, p0, lam0 = self
+        if ranks is None or ranks >= len(q):
+            return self
         if lam is None or q0 is None or p0 is None or lam0 is None:
             return Factors(q[:ranks], p[:, :ranks])
         return Factors(
@@ -80,7 +82,8 @@ def fuse_factors(
     column = (-1,) + (1,) * (q.dim() - 1)
     scaled = lam.reshape(column) * q
     # in the dtype of the trained factors before it is rounded, or the difference wouldn't be zero
-    start = lam0.to(lam.dtype).reshape(column) * q0
+    lam0 = lam0 if lam0.dtype == lam.dtype else lam0.to(lam.dtype)
+    start = lam0.reshape(column) * q0
     up = torch.cat([p - p0, p0], dim=1)
     return pair(scaled, scaled - start, groups), up
 

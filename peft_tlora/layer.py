@@ -229,18 +229,15 @@ class Linear(UnquantizedLayer, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
         if not args and not kwargs and not self.disable_adapters and not self.merged:
-            result = self._forward_with_weight(x)
+            result = self._forward_at_once(x)
             if result is not None:
                 return result
         return super().forward(x, *args, **kwargs)
 
-    def _forward_with_weight(self, x: Tensor) -> Tensor | None:
-        """The output with the update added to the weight, if that is as exact and costs less."""
+    def _forward_at_once(self, x: Tensor) -> Tensor | None:
+        """The output, if base layer and update can be computed in one go; None if not."""
         base: Any = self.base_layer
         if torch.compiler.is_compiling() or not is_plain_linear(base):
-            return None
-        rows, inputs, outputs = x.shape[:-1].numel(), base.in_features, base.out_features
-        if rows * (inputs + outputs) <= inputs * outputs:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         variant = self.tlora_variant(names[0]) if len(names) == 1 else None
@@ -248,7 +245,7 @@ class Linear(UnquantizedLayer, lora.Linear):
             return None
         weight, bias, dropout = base.weight, base.bias, self.lora_dropout[names[0]]
         fits = (
-            x.shape[-1] == inputs  # or the base layer has something to say
+            x.shape[-1] == base.in_features  # or the base layer has something to say
             and x.dtype == weight.dtype == self.lora_A[names[0]].weight.dtype
             and x.dtype in (torch.float32, torch.float64)  # fewer bits would lose the update
             and autocast_dtype(x) is None
@@ -256,7 +253,7 @@ class Linear(UnquantizedLayer, lora.Linear):
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if not fits or trained or (dropout.training and not isinstance(dropout, nn.Identity)):
             return None
-        return variant.forward_with_weight(self, names[0], x, weight, bias)
+        return variant.forward_of_linear(self, names[0], x)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""
