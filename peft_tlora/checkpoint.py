@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from .config import TLoraConfig
-from .encoding import decode_schedule
+from .encoding import decode_recipe, decode_schedule
+from .frozen import Recipe
 from .schedule import RankSchedule
 
 SCHEDULE = ".lora_schedule.weight"
@@ -23,8 +24,9 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
     """Rebuild the configuration of an adapter from its weights.
 
     The schedule, min_rank, the timestep range, lora_alpha and use_rslora come from the schedule
-    tensors, r and rank_pattern from the shapes, target_modules from the names. How the adapter was
-    initialised, dropout and the like are not in the weights and keep their defaults.
+    tensors, r and rank_pattern from the shapes, target_modules from the names. Dropout and the like
+    are not in the weights and keep their defaults; neither is how the adapter was initialised, save
+    in a file without frozen factors.
 
     Args:
         state_dict: Weights as `peft.get_peft_model_state_dict` returns them or a file holds them.
@@ -76,7 +78,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         use_rslora=use_rslora,
         target_modules=layers,
         **schedule_fields(schedule),
-        ortho_init="last" if ortho else None,
+        **_initialisation_fields(decode_recipe(state_dict[layers[0] + SCHEDULE]), ortho),
     )
 
 
@@ -93,6 +95,16 @@ def schedule_fields(schedule: RankSchedule) -> dict[str, Any]:
         fields["num_train_timesteps"] = schedule.num_train_timesteps
         fields["timestep_reversed"] = schedule.timestep_reversed
     return fields
+
+
+def _initialisation_fields(recipe: Recipe | None, ortho: bool) -> dict[str, Any]:
+    if recipe is None:
+        return {"ortho_init": "last" if ortho else None}
+    return {
+        "ortho_init": recipe.choice,
+        "init_seed": recipe.seed,
+        "save_initial_factors": False,
+    }
 
 
 def _pattern(values: dict[str, Number]) -> tuple[Number, dict[str, Number]]:

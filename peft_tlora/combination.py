@@ -154,7 +154,7 @@ def _plain_config(config: TLoraConfig, combination: Combination) -> TLoraConfig:
     plain.r = config.r * columns
     plain.rank_pattern = {key: r * columns for key, r in (config.rank_pattern or {}).items()}
     plain.use_rslora = False
-    plain.ortho_init, plain.ortho_source = None, "random"
+    plain.ortho_init, plain.ortho_source, plain.save_initial_factors = None, "random", True
     schedule, multiple = combination.schedule, combination.rank_multiple
     if schedule is None:
         schedule = RankSchedule(1, 1.0, "constant")

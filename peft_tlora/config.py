@@ -73,6 +73,9 @@ class TLoraConfig(LoraConfig):
             `num_train_timesteps` or `timestep_reversed` is given.
         init_seed: Makes the initialisation a function of the seed and each layer's name and shape,
             on any device and in any order of layers. None draws a seed from torch's generator.
+        save_initial_factors: Whether files hold the frozen factors of an orthogonal initialisation.
+            False makes them about as small as LoRA's: the factors are made from `init_seed`, which
+            must be given, again when a file is loaded, and compared with a checksum.
         library_name: "peft_tlora": names this package in a saved configuration, for readers that
             don't know the type TLORA.
 
@@ -108,6 +111,9 @@ class TLoraConfig(LoraConfig):
     )
     init_seed: int | None = field(
         default=None, metadata={"help": "Seed of the initialisation, whatever the device."}
+    )
+    save_initial_factors: bool = field(
+        default=True, metadata={"help": "Whether files hold the frozen factors."}
     )
     library_name: str = field(
         default="peft_tlora", metadata={"help": "The package to import before loading."}
@@ -219,3 +225,21 @@ class TLoraConfig(LoraConfig):
                 raise TypeError(f"init_seed must be an int or None, got {self.init_seed!r}.")
             if self.init_seed < 0:
                 raise ValueError(f"init_seed must be at least 0, got {self.init_seed}.")
+        self._check_compact_files()
+
+    def _check_compact_files(self) -> None:
+        if not isinstance(self.save_initial_factors, bool):
+            raise TypeError(
+                f"save_initial_factors must be a bool, got {self.save_initial_factors!r}."
+            )
+        if self.save_initial_factors:
+            return
+        reason = None
+        if self.ortho_init is None:
+            reason = "has no effect with ortho_init=None, which has none: leave it True"
+        elif self.ortho_source != "random":
+            reason = "needs ortho_source='random': the SVD of a weight can't be repeated bit by bit"
+        elif self.init_seed is None:
+            reason = "needs an init_seed, from which the factors are made again: pass an int"
+        if reason:
+            raise ValueError(f"save_initial_factors=False {reason}.")

@@ -26,9 +26,11 @@ class Factors(NamedTuple):
     p0: Tensor | None = None
     lam0: Tensor | None = None
 
-    def first(self, ranks: int) -> "Factors":
-        """The factors of the first ranks of an adapter without groups."""
+    def first(self, ranks: int | None) -> "Factors":
+        """The factors of the first ranks of an adapter without groups, None for all."""
         q, p, lam, q0, p0, lam0 = self
+        if ranks is None or ranks >= len(q):
+            return self
         if lam is None or q0 is None or p0 is None or lam0 is None:
             return Factors(q[:ranks], p[:, :ranks])
         return Factors(
@@ -75,12 +77,14 @@ def fuse_factors(
 
     Returns:
         down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the dtype of
-        the trained factors.
+        the trained factors, which is at least as wide as that of the frozen ones.
     """
     column = (-1,) + (1,) * (q.dim() - 1)
     scaled = lam.reshape(column) * q
-    start = lam0.to(lam.dtype).reshape(column) * q0.to(q.dtype)
-    up = torch.cat([p - p0.to(p.dtype), p0.to(p.dtype)], dim=1)
+    # in the dtype of the trained factors before it is rounded, or the difference wouldn't be zero
+    lam0 = lam0 if lam0.dtype == lam.dtype else lam0.to(lam.dtype)
+    start = lam0.reshape(column) * q0
+    up = torch.cat([p - p0, p0], dim=1)
     return pair(scaled, scaled - start, groups), up
 
 

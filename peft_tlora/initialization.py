@@ -9,8 +9,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from .config import TLoraConfig
 from .denoisers import Layout
+from .frozen import Recipe, checksum, random_factors
 from .layer import Factor
-from .orthogonal import OrthoInit, random_triplets, weight_triplets
+from .orthogonal import OrthoInit, weight_triplets
 from .ranks import Layer, groups_of
 from .schedule import RankSchedule
 from .variant import TLoraVariant
@@ -42,11 +43,12 @@ def add_tlora(
     lora_A = layer.lora_A[adapter_name]
     if isinstance(lora_A, _ConvNd):
         _match_convolution(lora_A, layer.get_base_layer())
+    recipe = None
     if config.ortho_init is not None:
-        _initialise(layer, adapter_name, config, config.ortho_init, layer_name, seed)
+        recipe = _initialise(layer, adapter_name, config, config.ortho_init, layer_name, seed)
     variant = TLoraVariant(layer_name, schedule, layout)
     layer.lora_variant[adapter_name] = variant
-    layer.keep_schedule(adapter_name, variant)
+    layer.keep_schedule(adapter_name, variant, recipe)
 
 
 def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
@@ -64,46 +66,30 @@ def _initialise(
     choice: OrthoInit,
     layer_name: str,
     seed: int,
-) -> None:
+) -> Recipe | None:
     q, p = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if q.is_meta:  # the values come from a file
-        p0, lam0, q0 = torch.empty_like(p), q.new_empty(len(q)), torch.empty_like(q)
+    recipe = None
+    from_file = config.inference_mode and config.save_initial_factors
+    if q.is_meta or from_file:
+        q.zero_()
+        p0, lam0, q0 = torch.zeros_like(p), q.new_zeros(len(q)), torch.zeros_like(q)
     else:
         if config.ortho_source == "weight":
             factors = _weight_factors(layer, len(q), choice, layer_name, seed)
         else:
-            factors = _random_factors(layer, q, p, choice, layer_name, seed)
+            factors = random_factors(q, p, groups_of(layer), choice, seed=seed, name=layer_name)
+        if not config.save_initial_factors:
+            recipe = Recipe(choice, seed, checksum(factors))
         p0, lam0, q0 = (factor.to(q.device, q.dtype) for factor in factors)
         p0, q0 = p0.reshape(p.shape), q0.reshape(q.shape)
-    layer.lora_A_init[adapter_name] = Factor(q0)
-    layer.lora_B_init[adapter_name] = Factor(p0)
-    layer.lora_lambda_init[adapter_name] = Factor(lam0)
+    layer.set_frozen(adapter_name, q0, p0, lam0, saved=config.save_initial_factors)
     if config.init_lora_weights is False:
         lam0 = torch.ones_like(lam0)
     else:
         q.copy_(q0)
         p.copy_(p0)
     layer.lora_lambda[adapter_name] = Factor(lam0.clone(), trainable=True)
-
-
-def _random_factors(
-    layer: Layer, q: Tensor, p: Tensor, choice: OrthoInit, layer_name: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Initial P, lambda and Q as matrices; each group of a grouped convolution has its own draw."""
-    groups = groups_of(layer)
-    draws = [
-        random_triplets(
-            len(p) // groups,
-            q[0].numel(),
-            len(q) // groups,
-            choice,
-            seed=seed,
-            name=f"{layer_name}/{group}",
-        )
-        for group in range(groups)
-    ]
-    p0, lam0, q0 = (torch.cat(factors) for factors in zip(*draws, strict=True))
-    return p0, lam0, q0
+    return recipe
 
 
 def _weight_factors(

@@ -12,12 +12,21 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from .encoding import decode_schedule, encode_schedule
+from .encoding import decode_recipe, decode_schedule, encode_schedule
+from .frozen import Recipe, rebuild
 from .functional import autocast_dtype
+from .ranks import groups_of
 from .timestep import TimestepState
 from .variant import TLoraVariant
 
 FROZEN = ("lora_A_init", "lora_B_init", "lora_lambda_init", "lora_schedule")
+
+
+_NO_FROZEN_FACTORS = (
+    "The weights for {} come with a schedule but without frozen factors (lora_A_init, lora_B_init, "
+    "lora_lambda_init), and the adapter would compute something else without them. If the file has "
+    "them, load it into an adapter with save_initial_factors=True."
+)
 
 
 class Factor(nn.Module):
@@ -26,16 +35,17 @@ class Factor(nn.Module):
     Args:
         weight: The tensor.
         trainable: Whether it becomes a parameter; a buffer if not.
+        saved: Whether a buffer belongs to the state dict.
     """
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, *, trainable: bool = False) -> None:
+    def __init__(self, weight: Tensor, *, trainable: bool = False, saved: bool = True) -> None:
         super().__init__()
         if trainable:
             self.weight = nn.Parameter(weight)
         else:
-            self.register_buffer("weight", weight)
+            self.register_buffer("weight", weight, persistent=saved)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -61,6 +71,9 @@ class TLoraLayer(lora.LoraLayer):
     lora_A: Any
     lora_B: Any
     lora_lambda: Any
+    lora_A_init: Any
+    lora_B_init: Any
+    lora_lambda_init: Any
     lora_schedule: Any
 
     def tlora_variant(self, adapter: str) -> TLoraVariant | None:
@@ -135,10 +148,23 @@ class TLoraLayer(lora.LoraLayer):
             if adapter in container:
                 container[adapter].to(dtype)  # leaves the integers of the schedule alone
 
-    def keep_schedule(self, adapter: str, variant: TLoraVariant) -> None:
-        """Put an adapter's schedule among its weights, where a file takes it along."""
+    def set_frozen(
+        self, adapter: str, q0: Tensor, p0: Tensor, lam0: Tensor, *, saved: bool
+    ) -> None:
+        """Give an adapter its frozen factors, and say whether a state dict holds them."""
+        self.lora_A_init[adapter] = Factor(q0, saved=saved)
+        self.lora_B_init[adapter] = Factor(p0, saved=saved)
+        self.lora_lambda_init[adapter] = Factor(lam0, saved=saved)
+
+    def keep_schedule(
+        self, adapter: str, variant: TLoraVariant, recipe: Recipe | None = None
+    ) -> None:
+        """Put an adapter's schedule among its weights, where a file takes it along.
+
+        So it does with the recipe of the frozen factors, if these stay out of the file.
+        """
         encoded = encode_schedule(
-            variant.ranks.schedule, self.lora_alpha[adapter], self.use_rslora[adapter]
+            variant.ranks.schedule, self.lora_alpha[adapter], self.use_rslora[adapter], recipe
         )
         self.lora_schedule[adapter] = Factor(encoded.to(self.lora_A[adapter].weight.device))
 
@@ -150,6 +176,30 @@ class TLoraLayer(lora.LoraLayer):
             variant = self.tlora_variant(adapter)
             if encoded is not None and variant is not None:
                 variant.follow(self, decode_schedule(encoded, self.r[adapter])[0])
+                if adapter in self.lora_lambda:
+                    recipe = decode_recipe(encoded)
+                    if recipe is None and f"{prefix}lora_A_init.{adapter}.weight" not in state_dict:
+                        raise ValueError(_NO_FROZEN_FACTORS.format(variant.ranks.layer_name))
+                    trained = state_dict[f"{prefix}lora_A.{adapter}.weight"]
+                    name = variant.ranks.layer_name
+                    self._follow_frozen(adapter, recipe, name, trained.dtype)
+
+    def _follow_frozen(
+        self, adapter: str, recipe: Recipe | None, layer_name: str, dtype: torch.dtype
+    ) -> None:
+        """Make the frozen factors that a file leaves out, or room for those that it has.
+
+        Made ones are rounded to the `dtype` of the file, as they would have been in it.
+        """
+        q0, p0, lam0 = (getattr(self, name)[adapter].weight for name in FROZEN[:3])
+        if recipe is not None:
+            like = q0
+            if q0.is_meta or decode_recipe(self.lora_schedule[adapter].weight) != recipe:
+                p0, lam0, q0 = rebuild(recipe, q0, p0, groups_of(self), layer_name)
+            q0, p0, lam0 = (factor.to(dtype) for factor in (q0, p0, lam0))
+            if not like.is_meta:
+                q0, p0, lam0 = (factor.to(like) for factor in (q0, p0, lam0))
+        self.set_frozen(adapter, q0, p0, lam0, saved=recipe is None)
 
 
 class UnquantizedLayer(TLoraLayer):
@@ -179,18 +229,15 @@ class Linear(UnquantizedLayer, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
         if not args and not kwargs and not self.disable_adapters and not self.merged:
-            result = self._forward_with_weight(x)
+            result = self._forward_at_once(x)
             if result is not None:
                 return result
         return super().forward(x, *args, **kwargs)
 
-    def _forward_with_weight(self, x: Tensor) -> Tensor | None:
-        """The output with the update added to the weight, if that is as exact and costs less."""
+    def _forward_at_once(self, x: Tensor) -> Tensor | None:
+        """The output, if base layer and update can be computed in one go; None if not."""
         base: Any = self.base_layer
         if torch.compiler.is_compiling() or not is_plain_linear(base):
-            return None
-        rows, inputs, outputs = x.shape[:-1].numel(), base.in_features, base.out_features
-        if rows * (inputs + outputs) <= inputs * outputs:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         variant = self.tlora_variant(names[0]) if len(names) == 1 else None
@@ -198,7 +245,7 @@ class Linear(UnquantizedLayer, lora.Linear):
             return None
         weight, bias, dropout = base.weight, base.bias, self.lora_dropout[names[0]]
         fits = (
-            x.shape[-1] == inputs  # or the base layer has something to say
+            x.shape[-1] == base.in_features  # or the base layer has something to say
             and x.dtype == weight.dtype == self.lora_A[names[0]].weight.dtype
             and x.dtype in (torch.float32, torch.float64)  # fewer bits would lose the update
             and autocast_dtype(x) is None
@@ -206,7 +253,7 @@ class Linear(UnquantizedLayer, lora.Linear):
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if not fits or trained or (dropout.training and not isinstance(dropout, nn.Identity)):
             return None
-        return variant.forward_with_weight(self, names[0], x, weight, bias)
+        return variant.forward_of_linear(self, names[0], x)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""

@@ -1,24 +1,30 @@
-"""The masked update of a linear layer, added to its output or to its weight.
+"""A linear layer with its masked update: the update alone, to be added, or both at once.
 
-Both have a backward of their own. It keeps the layer's input and the adapter's parameters, as LoRA
-does, and makes what follows from them again; autograd would keep the fused factors of every layer,
-which are larger than the parameters, and compute the gradients of the frozen factors, too.
+Both have a backward of their own. It keeps the layer's input, the adapter's parameters and the
+input of the trained up-projection, as LoRA does, and makes what follows from them again; autograd
+would keep the fused factors of every layer, which are larger than the parameters, and compute the
+gradients of the frozen factors, too.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from .functional import Factors, add_product
+from .integrations.torch import has_transforms
 
 Gate = float | Tensor
 
 
 def add_update(
-    result: Tensor, x: Tensor, factors: Factors, gate: Gate, dtype: torch.dtype
+    result: Tensor,
+    x: Tensor,
+    factors: Factors,
+    gate: Gate,
+    dtype: torch.dtype,
+    first: int | None = None,
 ) -> Tensor:
     """`result + up diag(gate) down x` with the fused factors of an adapter.
 
@@ -29,99 +35,142 @@ def add_update(
         gate: Mask times scaling: a number, or a tensor that broadcasts to (..., ranks), the two
             columns of a rank alike.
         dtype: The dtype of the computation. The factors are fused in their own.
+        first: How many ranks are computed and gated, None for all.
     """
-    if torch.compiler.is_compiling() or _needs_no_backward():
-        return _add_update(result, x, factors, gate, dtype)
-    return _AddUpdate.apply(result, x, gate, dtype, *factors)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or has_transforms():
+        return _add_update(result, x, factors.first(first), gate, dtype)[0]
+    return _AddUpdate.apply(result, x, gate, dtype, first, *factors)
 
 
-def with_update(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, gate: Gate
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors,
+    gate: Gate,
+    first: int | None = None,
 ) -> Tensor:
-    """The output of a linear layer whose weight has the update added, all of one dtype.
+    """The output of a frozen linear layer with the update, all of one dtype.
 
-    This costs in x out x ranks and not rows x (in + out) x ranks operations: less for large inputs.
+    Added to the output, an update costs rows x (in + out) x ranks operations; added to the weight,
+    which can be done if all samples have one mask, in x out x ranks. The cheaper of both is done.
 
     Args:
         x: Shape (..., in).
         weight: Frozen weight of shape (out, in).
         bias: Frozen bias of shape (out,).
         factors: Factors without kernel and groups.
-        gate: Mask times scaling: a number or a tensor of shape (ranks,).
+        gate: Mask times scaling, as for `add_update`.
+        first: How many ranks are computed and gated, None for all.
     """
-    if _needs_no_backward():
-        return linear(x, _updated(weight, factors, gate), bias)
-    return _WithUpdate.apply(x, weight, bias, gate, *factors)
+    if has_transforms():
+        return add_update(linear(x, weight, bias), x, factors, gate, x.dtype, first)
+    if not torch.is_grad_enabled():
+        return _adapted_linear(x, weight, bias, factors.first(first), gate)[0]
+    return _AdaptedLinear.apply(x, weight, bias, gate, first, *factors)
 
 
 class _AddUpdate(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        result: Tensor, x: Tensor, gate: Gate, dtype: torch.dtype, *factors: Tensor | None
+        ctx: Any,
+        result: Tensor,
+        x: Tensor,
+        gate: Gate,
+        dtype: torch.dtype,
+        first: int | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        return _add_update(result, x, Factors(*factors), gate, dtype)  # pyright: ignore[reportArgumentType]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        result, x, gate, ctx.dtype, *factors = inputs
-        ctx.result_dtype = result.dtype
-        _save(ctx, gate, x, *factors)
+        factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
+        part = factors.first(first)
+        output, hidden = _add_update(result, x, part, gate, dtype)
+        ctx.result_dtype, ctx.dtype, ctx.first = result.dtype, dtype, first
+        _save(ctx, gate, x, _trained(hidden, gate, len(part.q)), *factors)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gate, x, *saved = _saved(ctx)
+        gate, x, hidden, *saved = _saved(ctx)
         factors = Factors(*saved)
-        down, up = (factor.to(ctx.dtype) for factor in factors.fused())
-        rows, r = x.to(ctx.dtype), len(factors.q)
-        outer = gradient.to(ctx.dtype)
-        hidden = linear(rows, down[:r]) * _first(gate, r)
-        inner = (outer @ up) * gate
-        x_gradient = (inner @ down).to(x.dtype) if ctx.needs_input_grad[1] else None
-        if len(down) > r:  # both columns of a rank hold its trained factor
-            inner = inner[..., :r] + inner[..., r:]
+        down, up = _cast(ctx.dtype, *factors.first(ctx.first).fused())
+        rows, outer = _cast(ctx.dtype, x, gradient)
+        if torch.is_grad_enabled():
+            hidden = _trained_of(rows, down, gate, hidden)
+        inner = _gated(outer @ up, gate)
+        x_gradient = _cast(x.dtype, inner @ down)[0] if ctx.needs_input_grad[1] else None
         gradients = _factor_gradients(factors, rows, hidden, inner, outer)
-        return gradient.to(ctx.result_dtype), x_gradient, None, None, *gradients
+        return _cast(ctx.result_dtype, gradient)[0], x_gradient, None, None, None, *gradients
 
 
-class _WithUpdate(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, *factors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Gate,
+        first: int | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        return linear(x, _updated(weight, Factors(*factors), gate), bias)  # pyright: ignore[reportArgumentType]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, gate, *factors = inputs
-        _save(ctx, gate, x, weight, *factors)
+        factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
+        part = factors.first(first)
+        output, hidden = _adapted_linear(x, weight, bias, part, gate)
+        if hidden is not None:
+            hidden = _trained(hidden, gate, len(part.q))
+        ctx.first = first
+        _save(ctx, gate, x, weight, hidden, *factors)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gate, x, weight, *saved = _saved(ctx)
+        gate, x, weight, hidden, *saved = _saved(ctx)
         factors = Factors(*saved)
-        q, p, lam = factors[:3]
-        first = _first(gate, len(q))
-        hidden = linear(x, q if lam is None else lam[:, None] * q) * first
-        inner = (gradient @ p) * first  # the sum of both columns of a rank
+        part = factors.first(ctx.first)
         x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = gradient @ _updated(weight, factors, gate)
+        if hidden is None:
+            q, p, lam = part[:3]
+            own = _first(gate, len(q))
+            hidden = _gated(linear(x, q if lam is None else lam[:, None] * q), own)
+            inner = _gated(gradient @ p, own)  # the sum of both columns of a rank
+            if ctx.needs_input_grad[0]:
+                x_gradient = gradient @ _updated(weight, part, gate)
+        else:
+            down, up = part.fused()
+            if torch.is_grad_enabled():
+                hidden = _trained_of(x, down, gate, hidden)
+            inner = _gated(gradient @ up, gate)
+            if ctx.needs_input_grad[0]:
+                x_gradient = _accumulate(gradient @ weight, inner, down.mT)
         gradients = _factor_gradients(factors, x, hidden, inner, gradient)
-        return x_gradient, None, None, None, *gradients
+        return x_gradient, None, None, None, None, *gradients
 
 
 def _add_update(
     result: Tensor, x: Tensor, factors: Factors, gate: Gate, dtype: torch.dtype
-) -> Tensor:
-    down, up = (factor.to(dtype) for factor in factors.fused())
-    hidden = linear(x.to(dtype), down)
+) -> tuple[Tensor, Tensor]:
+    """The result with the update, and the input of the up-projection but for a number's gate."""
+    rows, down, up = _cast(dtype, x, *factors.fused())
+    hidden = linear(rows, down)
     if isinstance(gate, Tensor):
-        return add_product(result, hidden * gate, up)
-    return add_product(result, hidden, up, gate)
+        hidden = hidden * gate
+        return add_product(result, hidden, up), hidden
+    return add_product(result, hidden, up, gate), hidden
+
+
+def _adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, gate: Gate
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the input of the up-projection but for a number's gate, if it has one."""
+    one_mask = not isinstance(gate, Tensor) or gate.dim() <= 1
+    if one_mask and x.shape[:-1].numel() * sum(weight.shape) > weight.numel():
+        return linear(x, _updated(weight, factors, gate), bias), None
+    down, up = factors.fused()
+    output, hidden = linear(x, weight, bias), linear(x, down)
+    if isinstance(gate, Tensor):
+        hidden = hidden * gate
+        return _accumulate(output, hidden, up), hidden
+    return _accumulate(output, hidden, up, gate), hidden
 
 
 def _updated(weight: Tensor, factors: Factors, gate: Gate) -> Tensor:
@@ -129,6 +178,28 @@ def _updated(weight: Tensor, factors: Factors, gate: Gate) -> Tensor:
     if isinstance(gate, Tensor):
         return torch.addmm(weight, up * gate, down)
     return torch.addmm(weight, up, down, alpha=gate)
+
+
+def _accumulate(result: Tensor, hidden: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+    """`add_product` to a tensor that nobody else has: in place, unless there must be a graph."""
+    if torch.is_grad_enabled() or not result.is_contiguous():
+        return add_product(result, hidden, up, scale)
+    rows = result.shape[:-1].numel()
+    hidden = hidden.reshape(rows, hidden.shape[-1])
+    result.view(rows, result.shape[-1]).addmm_(hidden, up.mT, alpha=scale)
+    return result
+
+
+def _trained(hidden: Tensor, gate: Gate, r: int) -> Tensor:
+    """The gated input of the trained up-projection, which has half of the columns or all."""
+    trained = hidden[..., :r]
+    return trained.contiguous() if isinstance(gate, Tensor) else _gated(trained, gate).contiguous()
+
+
+def _trained_of(x: Tensor, down: Tensor, gate: Gate, like: Tensor) -> Tensor:
+    """What `_trained` kept, with the graph that a second derivative needs."""
+    r = like.shape[-1]
+    return _gated(linear(x, down[:r]), _first(gate, r))
 
 
 def _factor_gradients(
@@ -139,24 +210,37 @@ def _factor_gradients(
     Args:
         factors: The factors.
         x: Input of shape (..., in).
-        hidden: Gated input of the trained up-projection, of shape (..., r).
-        inner: Gradient of the output of the trained down-projection, of shape (..., r).
+        hidden: Gated input of the trained up-projection, of shape (..., first ranks).
+        inner: Gradient of the output of the trained down-projection, of shape (..., first ranks),
+            or of both columns of a rank, whose sum it is.
         outer: Gradient of the output of the layer, of shape (..., out).
     """
     q, p, lam = factors[:3]
-    x, hidden, inner, outer = (
-        t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (x, hidden, inner, outer)
-    )
-    p_gradient = (outer.mT @ hidden).to(p.dtype)
-    scaled = (inner.mT @ x).to(q.dtype)  # the gradient of diag(lam) Q
-    if lam is None:
-        return scaled, p_gradient, None, None, None, None
-    return lam[:, None] * scaled, p_gradient, (scaled * q).sum(1), None, None, None
+    rows, first = x.shape[:-1].numel(), hidden.shape[-1]
+    if inner.shape[-1] > first:
+        inner = inner[..., :first] + inner[..., first:]
+    hidden, inner = hidden.reshape(rows, first), inner.reshape(rows, first)
+    # the product of this shape is faster than its transpose
+    (p_gradient,) = _cast(p.dtype, (hidden.mT @ outer.reshape(rows, len(p))).mT)
+    (q_gradient,) = _cast(q.dtype, inner.mT @ x.reshape(rows, q.shape[1]))  # of diag(lam) Q yet
+    lam_gradient = None
+    if lam is not None:
+        lam_gradient = (q_gradient * q[:first]).sum(1)
+        q_gradient = lam[:first, None] * q_gradient
+    rest = len(q) - first
+    if rest > 0:  # the gradient of a rank that wasn't computed is zero
+        q_gradient, p_gradient = pad(q_gradient, (0, 0, 0, rest)), pad(p_gradient, (0, rest))
+        lam_gradient = None if lam_gradient is None else pad(lam_gradient, (0, rest))
+    return q_gradient, p_gradient, lam_gradient, None, None, None
 
 
-def _needs_no_backward() -> bool:
-    """Whether there is none, or the derivatives are of forward mode, which autograd has itself."""
-    return not torch.is_grad_enabled() or forward_ad._current_level >= 0
+def _cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Tensors in a dtype; most are in it, and asking is cheaper than `to`."""
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
+
+
+def _gated(hidden: Tensor, gate: Gate) -> Tensor:
+    return hidden if isinstance(gate, float) and gate == 1 else hidden * gate
 
 
 def _first(gate: Gate, r: int) -> Gate:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 import scipy.linalg
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 OrthoInit = Literal["last", "middle", "principal"]
@@ -25,6 +26,10 @@ def random_triplets(
     singular values: the frames are drawn by QR and the values from the bidiagonal model. The cost
     is O((out + in) r^2) instead of the SVD's O(out in min(out, in)).
 
+    The draw is computed in float64 and rounded to 16 significant bits, so that it has the same bits
+    whatever the processor and the number of threads: their roundings of 1e-16 change one of these
+    bits with a probability of about 1e-10 an entry.
+
     Args:
         out_features: Rows of R.
         in_features: Columns of R.
@@ -41,10 +46,10 @@ def random_triplets(
     """
     k = min(r, out_features, in_features)
     values = _singular_values(out_features, in_features, r, choice, seed)
-    generator = torch.Generator().manual_seed(derive_seed(seed, name))
-    left = _haar_frame(out_features, k, generator)
-    right = _haar_frame(in_features, k, generator)
-    return _with_surplus(left, values, right.T, r, generator)
+    rng = _generator(seed, name)
+    left = _haar_frame(out_features, k, rng)
+    right = _haar_frame(in_features, k, rng)
+    return _with_surplus(_rounded(left), _rounded(values), _rounded(right.T), r, rng)
 
 
 def weight_triplets(
@@ -53,8 +58,8 @@ def weight_triplets(
     """The singular triplets of a weight matrix of shape (out, in); else as `random_triplets`."""
     left, values, right = torch.linalg.svd(weight.detach().cpu().float(), full_matrices=False)
     window = _window(len(values), min(r, len(values)), choice)
-    generator = torch.Generator().manual_seed(derive_seed(seed, name))
-    return _with_surplus(left[:, window], values[window], right[window], r, generator)
+    rng = _generator(seed, name)
+    return _with_surplus(left[:, window], values[window], right[window], r, rng)
 
 
 def derive_seed(seed: int, name: str) -> int:
@@ -68,17 +73,43 @@ def _window(k: int, count: int, choice: OrthoInit) -> slice:
     return slice(start, start + count)
 
 
-def _haar_frame(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
-    # without the sign the frame has the law of LAPACK's Householder convention, not Haar's
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(derive_seed(seed, name)))
 
 
-def _singular_values(rows: int, columns: int, r: int, choice: OrthoInit, seed: int) -> Tensor:
+def _rounded(values: np.ndarray) -> Tensor:
+    """Round to float32 with 16 significant bits."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return torch.from_numpy(((bits + 0x80) & 0xFFFFFF00).view(np.float32))
+
+
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """The middle quantiles of 2^16 equal parts of the normal distribution."""
+    return ndtri((np.arange(2**16) + 0.5) / 2**16)
+
+
+def _gaussian(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Normal numbers of 16 random bits each: several times faster than numpy's of 53."""
+    bits = np.frombuffer(rng.bytes(2 * rows * columns), dtype="<u2")
+    return _quantiles().take(bits).reshape(rows, columns)
+
+
+def _haar_frame(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """The Q of a Gaussian matrix whose R has a positive diagonal: any other has another law."""
+    gaussian = _gaussian(rng, rows, columns)
+    if 2 * columns > rows:  # may be badly conditioned
+        q, r = np.linalg.qr(gaussian)
+        return q * np.where(np.diag(r) < 0, -1.0, 1.0)
+    lower = np.linalg.cholesky(gaussian.T @ gaussian)
+    return gaussian @ np.linalg.inv(lower).T
+
+
+def _singular_values(rows: int, columns: int, r: int, choice: OrthoInit, seed: int) -> np.ndarray:
     values = _gaussian_singular_values(
         max(rows, columns), min(rows, columns), min(r, rows, columns), choice, seed
     )
-    return torch.from_numpy(values / r).float()
+    return values / r
 
 
 @functools.lru_cache(maxsize=256)
@@ -104,13 +135,15 @@ def _gaussian_singular_values(m: int, n: int, r: int, choice: OrthoInit, seed: i
 
 
 def _with_surplus(
-    left: Tensor, values: Tensor, right: Tensor, r: int, generator: torch.Generator
+    left: Tensor, values: Tensor, right: Tensor, r: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     surplus = r - len(values)
     if surplus:
-        extra_left = torch.randn(left.shape[0], surplus, generator=generator)
-        extra_right = torch.randn(surplus, right.shape[1], generator=generator)
-        left = torch.cat([left, torch.nn.functional.normalize(extra_left, dim=0)], dim=1)
-        right = torch.cat([right, torch.nn.functional.normalize(extra_right, dim=1)])
+        extra_left = _gaussian(rng, left.shape[0], surplus)
+        extra_right = _gaussian(rng, surplus, right.shape[1])
+        extra_left /= np.linalg.norm(extra_left, axis=0, keepdims=True)
+        extra_right /= np.linalg.norm(extra_right, axis=1, keepdims=True)
+        left = torch.cat([left, _rounded(extra_left)], dim=1)
+        right = torch.cat([right, _rounded(extra_right)])
         values = torch.cat([values, values.new_zeros(surplus)])
     return left.contiguous(), values.contiguous(), right.contiguous()

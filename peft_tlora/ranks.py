@@ -116,11 +116,12 @@ class ActiveRanks:
         timestep, rank = self._current(module)
         if timestep is None:
             return scaling, None
-        first = timestep.largest_rank(self.schedule) if groups_of(module) == 1 else None
+        weight = module.lora_A[adapter].weight
+        groups = 1 if weight.dim() == 2 else groups_of(module)
+        first = timestep.largest_rank(self.schedule) if groups == 1 else None
         if first is not None and timestep.is_uniform():
             return scaling, first
-        # the ranks take the place of the input's features
-        channel = x.dim() + 1 - module.lora_A[adapter].weight.dim()
+        channel = x.dim() + 1 - weight.dim()  # the ranks take the place of the input's features
 
         def make() -> Tensor:
             aligned = self._align(timestep, rank, x, channel, samples, batch)
@@ -132,9 +133,9 @@ class ActiveRanks:
         # a tensor of prepare_model_for_compiled_hotswap changes its value
         if samples is not None or isinstance(scaling, Tensor):
             return make(), first
-        factors = (len(module.lora_A[adapter].weight), adapter in module.lora_lambda)
+        factors = (len(weight), adapter in module.lora_lambda)
         rows = (self.layout, channel, x.dim(), *x.shape[:channel], dtype, x.device)
-        key = (self.schedule, scaling, *factors, groups_of(module), *rows)
+        key = (self.schedule, scaling, *factors, groups, *rows)
         return timestep.shared(key, make), first
 
     def _current(self, module: Layer) -> tuple[CapturedTimestep | None, int | Tensor | None]:

@@ -34,15 +34,12 @@ class CapturedTimestep:
     """
 
     def __init__(self, value: float | Tensor, per_sample: bool = True) -> None:
-        if isinstance(value, Tensor):
-            value = value.detach()
-            value = value.reshape(()) if value.numel() == 1 else value
-            value = value.flatten(1) if value.dim() > 2 else value
-        elif isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"A timestep must be a number or a tensor, got {value!r}.")
-        elif not math.isfinite(value):
-            raise ValueError(f"A timestep must be finite, got {value}.")
-        self.value = value
+        if not isinstance(value, Tensor):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"A timestep must be a number or a tensor, got {value!r}.")
+            if not math.isfinite(value):
+                raise ValueError(f"A timestep must be finite, got {value}.")
+        self._given = value
         self.per_sample = per_sample
         self.is_log_sigma: Tensor | None = None  # what the values tell, if they are to tell it
         self.checked = False
@@ -50,6 +47,20 @@ class CapturedTimestep:
         self._largest: dict[RankSchedule, int | None] = {}
         self._shared: dict[Hashable, Tensor] = {}
         self._uniform: bool | None = None
+
+    @property
+    def value(self) -> float | Tensor:
+        """The timestep as a number or of shape (), (batch,) or (batch, tokens), without a graph.
+
+        It is brought into form where it is read: torch.compile would make a graph of the hook for
+        what the hook does to tensors.
+        """
+        value = self._given
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        value = value.reshape(()) if value.numel() == 1 else value
+        return value.flatten(1) if value.dim() > 2 else value
 
     def active_rank(self, schedule: RankSchedule) -> int | Tensor:
         """Active ranks of the timestep's shape, or of shape (); computed once a schedule."""
@@ -143,7 +154,7 @@ class TimestepState:
             ValueError: If it is a number that isn't finite.
         """
         captured = CapturedTimestep(timestep, self.per_sample)  # pyright: ignore[reportArgumentType]
-        if self.detects_log_sigma:
+        if self.detects_log_sigma and not torch.compiler.is_compiling():
             captured.is_log_sigma = self._range.looks_like_log_sigma(captured.value)
         return captured
 
@@ -183,7 +194,7 @@ class TimestepState:
 
     def active_rank(self, timestep: CapturedTimestep, schedule: RankSchedule) -> int | Tensor:
         """Active ranks at a timestep; warns once of values that the schedule doesn't expect."""
-        if not timestep.checked:
+        if not torch.compiler.is_compiling() and not timestep.checked:
             timestep.checked = True
             complaint = self._range.complaint(timestep.value, schedule, timestep.is_log_sigma)
             if complaint:

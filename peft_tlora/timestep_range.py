@@ -20,14 +20,12 @@ class TimestepRange:
         self._checks = 0
         self._complained = False
 
-    def looks_like_log_sigma(self, value: float | Tensor) -> Tensor | None:
+    def looks_like_log_sigma(self, value: float | Tensor) -> Tensor:
         """Whether timesteps are 0.25 ln(sigma), a bool tensor of shape ().
 
         Those of EDM's schedulers are never whole and lie between -1.6 and 1.7, while all others
         pass 2 at their first, noisy steps. One value that says otherwise decides for good.
         """
-        if torch.compiler.is_compiling():
-            return None
         t = torch.as_tensor(value)
         linear = ((t.abs() >= 2) | (t == t.round())).any()
         self._seen_linear = _either(linear, self._seen_linear)
@@ -40,7 +38,7 @@ class TimestepRange:
 
         They are gathered on their device and read after 1, 2, 4, ... forwards only.
         """
-        if self._complained or torch.compiler.is_compiling() or _is_capturing():
+        if self._complained or _is_capturing():
             return None
         told = is_log_sigma if schedule.timestep_type is None else None
         outside = ~torch.as_tensor(schedule.allows(value)).all()

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from .denoisers import Layout
 from .functional import Factors, autocast_dtype, delta_weight
 from .integrations.offload import weights_in_place
-from .linear import add_update, with_update
+from .linear import adapted_linear, add_update
 from .ranks import ActiveRanks, Layer, groups_of
 from .schedule import RankSchedule
 
@@ -65,23 +65,21 @@ class TLoraVariant(LoraVariant):
         x = module.lora_dropout[active_adapter](x)
         dtype = _compute_dtype(module, active_adapter, x)
         gate, first = self.ranks.gate(module, active_adapter, x, dtype, samples, batch)
-        with self._factors(module, active_adapter, first) as factors:
+        with self._factors(module, active_adapter) as factors:
             lora_A = module.lora_A[active_adapter]
             if not isinstance(lora_A, _ConvNd):
-                return add_update(result, x, factors, gate, dtype)
-            down, up = (factor.to(dtype) for factor in factors.fused(groups_of(module)))
+                return add_update(result, x, factors, gate, dtype, first)
+            fused = factors.first(first).fused(groups_of(module))
+            down, up = (factor.to(dtype) for factor in fused)
             hidden = lora_A._conv_forward(x.to(dtype), down, None) * gate
             return result + module.lora_B[active_adapter]._conv_forward(hidden, up, None)
 
-    def forward_with_weight(
-        self, module: Layer, adapter: str, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor | None:
-        """The output of a linear layer from one weight, None if its samples have several."""
+    def forward_of_linear(self, module: Layer, adapter: str, x: Tensor) -> Tensor:
+        """The output of a plain linear layer with this adapter, whose dtypes are the input's."""
+        base = module.base_layer
         gate, first = self.ranks.gate(module, adapter, x, x.dtype)
-        if isinstance(gate, Tensor) and gate.dim() > 1:
-            return None
-        with self._factors(module, adapter, first) as factors:
-            return with_update(x, weight, bias, factors, gate)
+        with self._factors(module, adapter) as factors:
+            return adapted_linear(x, base.weight, base.bias, factors, gate, first)
 
     def delta_weight(self, module: Layer, adapter: str, rank: int | Tensor | None) -> Tensor:
         """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
@@ -143,8 +141,8 @@ class TLoraVariant(LoraVariant):
             return factors
 
     @contextmanager
-    def _factors(self, module: Layer, adapter: str, first: int | None = None) -> Iterator[Factors]:
-        """The factors, or only those of the `first` ranks, in place as long as they are needed."""
+    def _factors(self, module: Layer, adapter: str) -> Iterator[Factors]:
+        """The factors, in place as long as they are needed."""
         names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
         holders = [getattr(module, name)[adapter] for name in names]
         with weights_in_place(holders):
@@ -158,7 +156,7 @@ class TLoraVariant(LoraVariant):
                         "without target_rank."
                     )
                 factors = factors._replace(q=factors.q[:r], p=factors.p[:, :r])
-            yield factors if first is None or first >= r else factors.first(first)
+            yield factors
 
 
 def _compute_dtype(module: Layer, adapter: str, x: Tensor) -> torch.dtype:

@@ -98,6 +98,18 @@ def test_other_initialisations_are_refused_with_a_way_out_raises(init):
             "timestep_reversed=True has no effect",
         ),
         ({"library_name": "peft"}, ValueError, "'peft_tlora'"),
+        ({"save_initial_factors": 0}, TypeError, "save_initial_factors must be a bool"),
+        ({"save_initial_factors": False}, ValueError, "needs an init_seed"),
+        (
+            {"save_initial_factors": False, "init_seed": 0, "ortho_init": None},
+            ValueError,
+            "save_initial_factors=False has no effect with ortho_init=None",
+        ),
+        (
+            {"save_initial_factors": False, "init_seed": 0, "ortho_source": "weight"},
+            ValueError,
+            "needs ortho_source='random'",
+        ),
         ({"init_seed": -1}, ValueError, "init_seed must be at least 0"),
         ({"init_seed": 1.5}, TypeError, "init_seed must be an int"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite"),

@@ -33,7 +33,7 @@ def adapted(tiny: Tiny, **kwargs):
         "min_rank": 1,
         "target_modules": tiny.layers or linear_layers(model),
         "exclude_modules": tiny.exclude,
-        "init_seed": 0,
+        "init_seed": 1,
     }
     inject_adapter_in_model(TLoraConfig(**{**options, **kwargs}), model)
     perturb(model)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import peft_tlora
-from peft_tlora import denoisers
+from peft_tlora import denoisers, formats
 from peft_tlora.denoisers import DENOISERS, Denoiser
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def test_links_lead_somewhere(page):
 
 def test_every_public_name_is_documented():
     api = (ROOT / "docs" / "api.md").read_text()
-    for name in peft_tlora.__all__:
+    for name in (*peft_tlora.__all__, *formats.__all__):
         assert f"`{name}" in api, name
 
 

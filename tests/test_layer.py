@@ -80,7 +80,7 @@ def test_gaussian_does_not_switch_the_orthogonal_initialisation_off(denoiser):
     config = TLoraConfig(r=4, target_modules=["to_q"], init_lora_weights="gaussian")
     layer = get_peft_model(denoiser, config).base_model.model.to_q
     q = layer.lora_A["default"].weight
-    torch.testing.assert_close(q @ q.T, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(q @ q.T, torch.eye(4), atol=5e-5, rtol=0)
     assert torch.equal(q, layer.lora_A_init["default"].weight)
 
 

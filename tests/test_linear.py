@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_tlora import TLoraConfig, timestep_context, variant
+from peft_tlora import linear as module_of_functions
 from peft_tlora.functional import Factors
-from peft_tlora.linear import add_update, with_update
+from peft_tlora.linear import add_update, adapted_linear
 
 from .conftest import perturb
 
@@ -45,6 +46,27 @@ def naive(result, x, factors, gate):
     return result + linear(linear(x, q) * lam * first, p) - linear(linear(x, q0) * lam0 * first, p0)
 
 
+@pytest.mark.parametrize("first", [1, 3, R])
+@pytest.mark.parametrize("ortho", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ranks_that_are_not_computed_are_as_masked_ones(first, ortho, rows):
+    factors, columns = factors_of(ortho), torch.arange(R) < first
+    x = torch.randn(2, rows, IN, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    mask = 0.5 * columns.double()
+    expected = naive(linear(x, weight), x, factors, torch.cat([mask, mask]) if ortho else mask)
+    outputs = (
+        add_update(linear(x, weight), x, Factors(*factors), 0.5, torch.float64, first),
+        adapted_linear(x, weight, None, Factors(*factors), 0.5, first),
+    )
+    inputs = [x, *(t for t in factors if t.requires_grad)]
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    for output in outputs:
+        torch.testing.assert_close(output, expected)
+        found = torch.autograd.grad(output.square().sum(), inputs)
+        torch.testing.assert_close(found, gradients)
+
+
 @pytest.mark.parametrize("ortho", [True, False])
 @pytest.mark.parametrize("gate", ["number", "shared", "per sample"])
 def test_added_to_the_output_it_is_the_formula_with_its_derivatives(gate, ortho):
@@ -61,19 +83,22 @@ def test_added_to_the_output_it_is_the_formula_with_its_derivatives(gate, ortho)
 
 
 @pytest.mark.parametrize("ortho", [True, False])
-@pytest.mark.parametrize("gate", ["number", "shared"])
+@pytest.mark.parametrize("gate", ["number", "shared", "per sample"])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_added_to_the_weight_it_is_the_formula_with_its_derivatives(gate, ortho, bias):
+def test_with_the_base_layer_it_is_the_formula_with_its_derivatives(gate, ortho, rows, bias):
     factors, gate = factors_of(ortho), gate_of(gate, ortho)
-    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, rows, IN, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(OUT, IN, dtype=torch.float64)
     bias = torch.randn(OUT, dtype=torch.float64) if bias else None
 
     def output(x, *factors):
-        return with_update(x, weight, bias, Factors(*factors), gate)
+        return adapted_linear(x, weight, bias, Factors(*factors), gate)
 
     expected = naive(linear(x, weight, bias), x, factors, gate)
     torch.testing.assert_close(output(x, *factors), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(output(x, *factors), expected)
     assert gradcheck(output, (x, *factors))
     assert gradgradcheck(output, (x, *factors))
 
@@ -93,7 +118,7 @@ def test_its_error_is_that_of_the_dtype(dtype, ortho):
     if dtype == torch.float32:
         weight = torch.randn(OUT, IN)
         expected = naive(linear(x, weight.double()), x, factors, 0.5)
-        found = with_update(x.float(), weight, None, rounded, 0.5)
+        found = adapted_linear(x.float(), weight, None, rounded, 0.5)
         assert (found - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
 
 
@@ -108,7 +133,7 @@ def test_functional_transforms_work(ortho):
         return add_update(linear(x, weight), x, Factors(q, *others), 0.5, torch.float64)
 
     def folded(q, x):
-        return with_update(x, weight, None, Factors(q, *others), 0.5)
+        return adapted_linear(x, weight, None, Factors(q, *others), 0.5)
 
     def expected(q, x):
         return naive(linear(x, weight), x, [q, *others], 0.5)
@@ -144,11 +169,22 @@ def adapted(**kwargs):
 
 
 @pytest.fixture
+def at_once(monkeypatch):
+    """The calls that compute a base layer together with its update."""
+    calls = []
+    original = variant.adapted_linear
+    monkeypatch.setattr(variant, "adapted_linear", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+@pytest.fixture
 def folded(monkeypatch):
     """The calls that add an update to a weight."""
     calls = []
-    original = variant.with_update
-    monkeypatch.setattr(variant, "with_update", lambda *a: calls.append(a) or original(*a))
+    original = module_of_functions._updated
+    monkeypatch.setattr(
+        module_of_functions, "_updated", lambda *a: calls.append(a) or original(*a)
+    )
     return calls
 
 
@@ -164,26 +200,29 @@ def results(model, x, t):
 
 @pytest.mark.parametrize("ortho", ["last", None])
 @pytest.mark.parametrize("t", [500, torch.tensor(900), torch.tensor([100, 100])])
-def test_many_rows_take_the_weight_and_few_the_output_with_equal_results(folded, t, ortho):
+def test_the_ways_of_computing_a_layer_agree(at_once, folded, t, ortho):
     model, layer = adapted(ortho_init=ortho)
-    x = torch.randn(2, 8, IN)
-    found = results(model, x, t)
-    assert len(folded) == 1
-    handle = layer.base_layer.register_forward_hook(lambda *args: None)  # wants to see the output
-    expected = results(model, x, t)
-    assert len(folded) == 1
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    handle.remove()
-    results(model, x[:, :1], t)
-    assert len(folded) == 1
+    for rows in (8, 1):
+        x = torch.randn(2, rows, IN)
+        found = results(model, x, t)
+        assert (len(at_once), bool(folded)) == (1, rows == 8)  # many rows take the weight
+        at_once.clear()
+        folded.clear()
+        handle = layer.base_layer.register_forward_hook(lambda *args: None)  # sees the output
+        expected = results(model, x, t)
+        assert not at_once
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        handle.remove()
 
 
 def a_dropout():
     return adapted(lora_dropout=0.1)[0], 500
 
 
-def a_timestep_for_each_sample():
-    return adapted()[0], torch.tensor([100, 900])
+def test_samples_with_masks_of_their_own_do_not_share_a_weight(at_once, folded):
+    results(adapted()[0], torch.randn(2, 8, IN), torch.tensor([100, 900]))
+    assert at_once
+    assert not folded
 
 
 def a_trained_bias():
@@ -206,17 +245,17 @@ def two_adapters():
 
 @pytest.mark.parametrize(
     "case",
-    [a_dropout, a_timestep_for_each_sample, a_trained_bias, a_trained_weight, two_adapters],
+    [a_dropout, a_trained_bias, a_trained_weight, two_adapters],
     ids=lambda case: case.__name__,
 )
-def test_the_weight_is_left_alone_where_it_would_not_do(folded, case):
+def test_the_base_layer_runs_by_itself_where_it_must(at_once, case):
     model, t = case()
     results(model, torch.randn(2, 8, IN), t)
-    assert not folded
+    assert not at_once
 
 
 @pytest.mark.parametrize("case", ["autocast", "merged", "disabled", "half"])
-def test_the_weight_is_left_alone_in_such_a_forward(folded, case):
+def test_the_base_layer_runs_by_itself_in_such_a_forward(at_once, case):
     model, layer = adapted()
     x = torch.randn(2, 8, IN)
     with timestep_context(model, 500):
@@ -232,7 +271,7 @@ def test_the_weight_is_left_alone_in_such_a_forward(folded, case):
         else:
             layer.base_layer.bfloat16()
             model(x.bfloat16())
-    assert not folded
+    assert not at_once
 
 
 def test_a_wrong_shape_is_still_the_base_layers_own_error():
@@ -251,12 +290,13 @@ def test_inactive_ranks_are_not_computed_where_the_host_knows_the_timestep(rows,
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_backward_keeps_the_input_and_the_parameters_only(rows):
+def test_a_backward_keeps_what_lora_keeps(rows):
+    """Input, parameters and, unless the update was in the weight, the hidden values."""
     model, layer = adapted()
     x, kept = torch.randn(2, rows, IN), []
 
     def keep(tensor):
-        kept.append(tensor.untyped_storage().data_ptr())
+        kept.append(tensor.untyped_storage())
         return tensor
 
     with (
@@ -266,8 +306,10 @@ def test_a_backward_keeps_the_input_and_the_parameters_only(rows):
         model(x)
     of_the_layer = [*layer.parameters(), *layer.buffers()]
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *of_the_layer)}
-    assert kept
-    assert set(kept) <= known
+    more = [storage for storage in kept if storage.data_ptr() not in known]
+    assert len(kept) > len(more)
+    r = layer.lora_variant["default"].ranks.schedule.active_rank(500)
+    assert [storage.nbytes() for storage in more] == ([2 * rows * r * 4] if rows == 1 else [])
 
 
 class Shapes(TorchDispatchMode):

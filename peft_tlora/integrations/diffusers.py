@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import config_from_state_dict, is_tlora
 from ..config import TLoraConfig
+from ..formats.adapter import Adapter
+from ..formats.tensors import layers_of_own
 
 _FUNCTION = "_create_lora_config"
 _HOME = "diffusers.utils.peft_utils"
@@ -120,8 +122,8 @@ def load_tlora_weights(
         **kwargs: For the pipeline's `lora_state_dict`, such as `weight_name`.
 
     Raises:
-        ValueError: If the source holds no T-LoRA adapter, or none for the pipeline's models, or the
-            name is in use. Nothing has been changed then.
+        ValueError: If the source holds no T-LoRA adapter, or none for the pipeline's models or none
+            that fits them, or the name is in use. Nothing has been changed then.
     """
     weights = source if isinstance(source, Mapping) else str(source)
     found = pipeline.lora_state_dict(weights, **kwargs)
@@ -150,6 +152,9 @@ def load_tlora_weights(
         adapter_name = next(name for i in count() if (name := f"default_{i}") not in taken)
     if adapter_name in taken:
         raise ValueError(f"The adapter name {adapter_name!r} is in use; choose another.")
+    for name, part in parts.items():
+        adapter = Adapter(name, layers_of_own(part, "T-LoRA"))
+        adapter.check_fits(pipeline.components[name])
     configs = {name: config_from_state_dict(part) for name, part in parts.items()}
     for name, part in parts.items():
         module = pipeline.components[name]

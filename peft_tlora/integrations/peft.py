@@ -36,6 +36,8 @@ _EQUAL_FOR_HOTSWAP = [
     "timestep_reversed",
     "timestep_type",
     "ortho_init",
+    "save_initial_factors",
+    "init_seed",  # files without frozen factors exchange the trained ones only
 ]
 _FUNCTION = "get_peft_model_state_dict"
 

@@ -1,0 +1,1 @@
+"""The subcommands of `peft-tlora`, one module each: its options and what it prints."""

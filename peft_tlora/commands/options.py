@@ -1,0 +1,60 @@
+"""Options that several commands have, and how they print."""
+
+import argparse
+import os
+import sys
+from typing import Any, TextIO
+
+from ..formats.facts import TrainingFacts
+from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES
+
+_FACTS = ("min_rank", "rank_schedule", "schedule_exponent", "num_train_timesteps", "sig_type")
+_FACTS += ("boundary_timestep",)
+
+
+def add_schedule(parser: argparse._ActionsContainer) -> None:
+    """The fields of a rank schedule."""
+    add = parser.add_argument
+    add("--min-rank", type=rank, help="an int is a rank, a float a fraction of r")
+    add("--rank-schedule", choices=RANK_SCHEDULES)
+    add("--schedule-exponent", type=float, help="the paper's alpha")
+    add("--num-train-timesteps", type=float, help="the timestep of pure noise")
+
+
+def add_direction(parser: argparse._ActionsContainer) -> None:
+    """How timesteps are counted."""
+    parser.add_argument("--timestep-reversed", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--timestep-type", choices=TIMESTEP_TYPES)
+
+
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """What a file may not say, and the base model that some need."""
+    group = parser.add_argument_group("what the file may not say about its training")
+    add_schedule(group)
+    group.add_argument("--sig-type", choices=["principal", "last", "middle"])
+    group.add_argument("--boundary-timestep", type=int, help="Takenoko's tlora_boundary_timestep")
+    group.add_argument("--base", metavar="FOLDER", help="the base model, as diffusers saves it")
+    parser.add_argument("--component", help="which model of the pipeline, such as unet")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .pt files, too")
+
+
+def facts_of(args: argparse.Namespace) -> TrainingFacts | None:
+    """The facts that were given, None if none was."""
+    given = {name: getattr(args, name) for name in _FACTS}
+    return None if all(v is None for v in given.values()) else TrainingFacts(**given)
+
+
+def rank(text: str) -> int | float:
+    """A rank or a fraction of it."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def bold(text: Any, stream: TextIO | None = None) -> str:
+    """A text in bold where a terminal shows it."""
+    shown = (stream or sys.stdout).isatty() and "NO_COLOR" not in os.environ
+    return f"\033[1m{text}\033[0m" if shown else str(text)
+
+
+def warn(text: str) -> None:
+    """A warning on standard error."""
+    print(f"{bold('warning:', sys.stderr)} {text}", file=sys.stderr)

@@ -1,0 +1,55 @@
+"""`peft-tlora run`: an unedited LoRA script with T-LoRA."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..config import TLoraConfig
+from ..launcher import NoAdapterError, run_script
+from ..orthogonal import ORTHO_INITS, ORTHO_SOURCES
+from .options import add_direction, add_schedule
+
+HELP = "run an unedited LoRA script with T-LoRA"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = "Run a LoRA training script with T-LoRA in the place of LoRA."
+    parser.argument_default = argparse.SUPPRESS
+    add_schedule(parser)
+    option = parser.add_argument
+    option(
+        "--ortho-init",
+        type=_optional,
+        choices=[*ORTHO_INITS, None],
+        metavar="|".join(ORTHO_INITS) + "|none",
+    )
+    option("--ortho-source", choices=ORTHO_SOURCES)
+    add_direction(parser)
+    option("--init-seed", type=int)
+    option("--text-encoders", action="store_true", help="models without a timestep, too")
+    option("script", help="path of the script")
+    option("arguments", nargs=argparse.REMAINDER, help="its own arguments, untouched")
+
+
+def call(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    args = vars(arguments)
+    script, rest = args.pop("script"), args.pop("arguments")
+    text_encoders = args.pop("text_encoders", False)
+    if not Path(script).is_file():
+        parser.error(f"no such script: {script}")
+    try:
+        TLoraConfig(**args)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        run_script(script, rest, text_encoders=text_encoders, **args)
+    except NoAdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _optional(text: str) -> str | None:
+    return None if text == "none" else text

@@ -1,0 +1,163 @@
+"""A T-LoRA as K plain LoRAs, each the exact mask of one timestep in its band of timesteps."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..schedule import RankSchedule
+from .adapter import Adapter
+from .files import write_json
+from .lora import LORA_WRITERS
+from .plain import plain_lora
+from .workflow import workflow
+
+
+@dataclass(frozen=True)
+class Band:
+    """A range of noise levels with one mask; the noisiest band is the first.
+
+    The noise is t / T, the share of time that is noise: 1 at pure noise, 0 at the end.
+
+    Args:
+        noise: The noisiest and the cleanest noise of the band.
+        mask_noise: The noise whose mask the band has.
+    """
+
+    noise: tuple[float, float]
+    mask_noise: float
+
+
+def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
+    """Divide time into bands in which the same number of ranks switch on.
+
+    With `count` = r - r_min bands (each group of `rank_multiple` ranks one) the masks are exact, up
+    to the one timestep 0, whose last rank is missing.
+
+    Args:
+        schedule: The schedule.
+        count: The number of bands; 1 for a constant schedule, whose mask never changes.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"The number of bands must be at least 1, got {count}.")
+    if schedule.kind == "constant":
+        return [Band((1.0, 0.0), 0.0)]
+    edges = [_noise_at(schedule, i / count) for i in range(count + 1)]
+    middles = [_noise_at(schedule, (i + 0.5) / count) for i in range(count)]
+    return [Band((edges[i], edges[i + 1]), middle) for i, middle in enumerate(middles)]
+
+
+def timestep_at(schedule: RankSchedule, noise: float) -> float:
+    """The timestep of a noise, in the unit of the model."""
+    if schedule.timestep_type == "log_sigma":
+        inside = min(max(noise, 1e-7), 1 - 1e-7)
+        return math.log(inside / (1 - inside)) / 4
+    share = 1 - noise if schedule.timestep_reversed else noise
+    return share * schedule.num_train_timesteps
+
+
+def percent_at(noise: float, shift: float | None) -> float:
+    """ComfyUI's percent of sampling at a noise.
+
+    It is 1 - t / T; of a flow model before its sampler's shift s of sigma = s x / (1 + (s - 1) x).
+
+    Args:
+        noise: The noise, which is sigma for a flow model.
+        shift: The shift of a flow model's sampler (e ** 1.15 for FLUX's default); None for others.
+    """
+    if shift is None:
+        return 1 - noise
+    return 1 - noise / (shift - (shift - 1) * noise)
+
+
+def write_bands(
+    adapter: Adapter,
+    destination: str | os.PathLike[str],
+    *,
+    count: int,
+    to: str = "comfyui",
+    family: str | None = None,
+    shift: float | None = None,
+    sigma: Callable[[float], float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write K plain LoRAs, bands.json with the range of each, and workflow.json for ComfyUI.
+
+    A tool that knows nothing of T-LoRA switches them one after the other. With one band it is the
+    plain export of the middle mask.
+
+    Args:
+        adapter: The adapter.
+        destination: The folder.
+        count: The number of bands.
+        to: Names in the files: "lora", "kohya" or "comfyui".
+        family: Family of the base model, for the last two.
+        shift: The shift of a flow model's sampler; None for models with betas.
+        sigma: The sigma at a noise, for the ranges in bands.json; left out there if None. A flow
+            model's is its noise.
+        dtype: The dtype of the tensors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the layers' schedules differ in more than the rank, or the count is below 1.
+    """
+    schedule = _one_schedule(adapter)
+    folder = Path(destination)
+    if shift is not None and sigma is None:
+        sigma = float
+    bands = []
+    for number, band in enumerate(split_bands(schedule, count)):
+        timestep = timestep_at(schedule, band.mask_noise)
+        lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
+        path = LORA_WRITERS[to](lora, folder / f"band_{number:02}.safetensors", family=family)
+        bands.append(_described(path.name, band, schedule, shift, sigma))
+    write_json(folder / "bands.json", {"version": 1, "bands": bands})
+    write_json(folder / "workflow.json", workflow(bands))
+    return folder
+
+
+def _described(
+    file: str,
+    band: Band,
+    schedule: RankSchedule,
+    shift: float | None,
+    sigma: Callable[[float], float] | None,
+) -> dict[str, Any]:
+    """The entry of a band in bands.json; the ranges go from noisy to clean."""
+    ranges = {
+        "timestep": [timestep_at(schedule, noise) for noise in band.noise],
+        "percent": [percent_at(noise, shift) for noise in band.noise],
+    }
+    if sigma is not None:
+        ranges["sigma"] = [sigma(noise) for noise in band.noise]
+    mask = timestep_at(schedule, band.mask_noise)
+    return {"file": file, **ranges, "mask_timestep": mask, "rank": schedule.active_rank(mask)}
+
+
+def _one_schedule(adapter: Adapter) -> RankSchedule:
+    """The schedule of the layers, the one with the largest rank if that differs."""
+    schedules = sorted({layer.schedule for layer in adapter.layers.values()}, key=lambda s: s.r)
+    fields = {
+        (s.kind, s.exponent, s.num_train_timesteps, s.timestep_reversed, s.timestep_type)
+        for s in schedules
+    }
+    if len(fields) > 1:
+        raise ValueError("The layers have different schedules, so they have no common bands.")
+    return schedules[-1]
+
+
+def _noise_at(schedule: RankSchedule, clean: float) -> float:
+    """The noise at which the schedule's share of the varying ranks is `clean`."""
+    share = clean ** (1 / schedule.exponent)
+    if schedule.kind == "cosine":
+        return math.acos(2 * share - 1) / math.pi
+    return 1 - share

@@ -1,0 +1,123 @@
+"""This package's own formats: PEFT's folder and diffusers' single file."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..checkpoint import config_from_state_dict, is_tlora
+from .adapter import Adapter
+from .families import component_of
+from .files import Checkpoint, open_checkpoint, write_tensors
+from .tensors import OWN_FIELDS, layers_of_own, own_tensors
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FILE = "pytorch_lora_weights.safetensors"
+_PREFIX = "base_model.model."
+
+Source = str | os.PathLike[str] | Checkpoint
+
+
+def checkpoint(source: Source) -> Checkpoint:
+    """A checkpoint, opened if it isn't yet."""
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
+
+
+def is_peft(file: Checkpoint) -> bool:
+    """Whether a file is the T-LoRA adapter of PEFT's folder."""
+    return is_tlora(file.tensors) and all(name.startswith(_PREFIX) for name in file.tensors)
+
+
+def is_diffusers(file: Checkpoint) -> bool:
+    """Whether a file is diffusers' with a T-LoRA adapter in it."""
+    return is_tlora(file.tensors) and all(
+        name.endswith(tuple(OWN_FIELDS)) and not name.startswith(_PREFIX) for name in file.tensors
+    )
+
+
+def read_peft(source: Source, *, component: str | None = None) -> Adapter:
+    """Read the folder that PEFT's `save_pretrained` writes.
+
+    Args:
+        source: The folder, its adapter_model.safetensors, or the opened file.
+        component: Name of the model in diffusers' pipelines; told by the layers' names if None.
+
+    Raises:
+        ValueError: If it holds no T-LoRA adapter, or more than one.
+    """
+    file = checkpoint(source)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
+    layers = layers_of_own(tensors, "PEFT with T-LoRA")
+    return Adapter(component or component_of(layers), layers)
+
+
+def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
+    """Write the folder that PEFT's `from_pretrained` and `load_adapter` read.
+
+    How the adapter was initialised, its dropout and its seed are not in an `Adapter` and take their
+    defaults in the folder's config.
+
+    Args:
+        adapter: The adapter.
+        destination: The folder; a file of the same name in it is replaced.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(destination)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_from_state_dict(own_tensors(adapter.layers, ""))
+    config.inference_mode = True
+    with TemporaryDirectory(prefix=".", dir=folder) as new:
+        config.save_pretrained(new)
+        write_tensors(folder / _WEIGHTS, own_tensors(adapter.layers, _PREFIX))
+        (Path(new) / _CONFIG).replace(folder / _CONFIG)
+    return folder
+
+
+def read_diffusers(source: Source, *, component: str | None = None) -> Adapter:
+    """Read the file that the `save_lora_weights` of diffusers' pipelines writes.
+
+    Args:
+        source: The file, a folder with it, or the opened file.
+        component: Which of the pipeline's models, such as "unet"; the only one if None.
+
+    Raises:
+        ValueError: If it holds no T-LoRA adapter for that model, or several and none was chosen.
+    """
+    file = checkpoint(source)
+    found = sorted({name.partition(".")[0] for name in file.tensors})
+    if component is None and len(found) > 1:
+        raise ValueError(
+            f"{file.path} has adapters for {', '.join(found)[:200]}: choose one with component."
+        )
+    component = component or found[0]
+    if component not in found:
+        raise ValueError(f"{file.path} has no adapter for {component}, only for {found}.")
+    prefix = f"{component}."
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in file.tensors.items()
+        if name.startswith(prefix)
+    }
+    return Adapter(component, layers_of_own(tensors, "diffusers with T-LoRA"))
+
+
+def write_diffusers(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
+    """Write the file that the `load_lora_weights` of diffusers' pipelines reads.
+
+    Args:
+        adapter: The adapter.
+        destination: The file, or a folder for pytorch_lora_weights.safetensors.
+
+    Returns:
+        The file.
+    """
+    path = as_file(destination)
+    write_tensors(path, own_tensors(adapter.layers, f"{adapter.component}."))
+    return path
+
+
+def as_file(destination: str | os.PathLike[str], name: str = _FILE) -> Path:
+    """The file to write: itself if it ends so, or that name in a folder."""
+    path = Path(destination)
+    return path if path.suffix == ".safetensors" else path / name

@@ -1,0 +1,119 @@
+"""Which format a file has, and the adapter in it."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from .adapter import Adapter
+from .facts import TrainingFacts
+from .files import Checkpoint, open_checkpoint
+from .official import (
+    is_official_flux,
+    is_official_sdxl,
+    read_official_flux,
+    read_official_sdxl,
+)
+from .own import is_diffusers, is_peft, read_diffusers, read_peft
+from .trainers import (
+    is_lycoris,
+    is_sd_scripts,
+    is_takenoko,
+    read_lycoris,
+    read_sd_scripts,
+    read_takenoko,
+)
+
+
+class Format(NamedTuple):
+    """A format that can be read.
+
+    Args:
+        title: What it is, in words.
+        matches: Whether an opened file has it.
+        read: Its reader.
+        takes: Which of the arguments of `read_adapter` the reader takes.
+    """
+
+    title: str
+    matches: Callable[[Checkpoint], bool]
+    read: Callable[..., Adapter]
+    takes: tuple[str, ...]
+
+
+FORMATS = {
+    "peft": Format("folder of PEFT", is_peft, read_peft, ("component",)),
+    "diffusers": Format("file of diffusers", is_diffusers, read_diffusers, ("component",)),
+    "official_sdxl": Format(
+        "authors' SDXL trainer", is_official_sdxl, read_official_sdxl, ("facts", "hparams")
+    ),
+    "official_flux": Format(
+        "authors' FLUX trainer", is_official_flux, read_official_flux, ("facts", "hparams")
+    ),
+    "sd_scripts": Format("sd-scripts fork", is_sd_scripts, read_sd_scripts, ("facts", "base")),
+    "takenoko": Format("Takenoko", is_takenoko, read_takenoko, ("facts", "base")),
+    "lycoris": Format("LyCORIS tlora", is_lycoris, read_lycoris, ("facts", "base")),
+}
+
+
+def format_of(file: Checkpoint) -> str:
+    """The format of an opened file, a key of `FORMATS`.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    found = [name for name, format in FORMATS.items() if format.matches(file)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(repr(name[:80]) for name in list(file.tensors)[:3])
+    raise ValueError(
+        f"{file.path} is no T-LoRA file of a known format ({', '.join(FORMATS)}), or a mixture of "
+        f"several: it has {len(file.tensors)} tensors, such as {names or 'none'}."
+    )
+
+
+def read_adapter(
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    facts: TrainingFacts | None = None,
+    base: nn.Module | None = None,
+    component: str | None = None,
+    hparams: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+) -> Adapter:
+    """Read a T-LoRA file of any known format.
+
+    Args:
+        source: A file, a folder with one, or an opened file.
+        facts: What the file doesn't say about its training.
+        base: The base model, where the format needs it.
+        component: Which model of a pipeline, where a file has adapters for several.
+        hparams: The hparams.yml of the authors' trainers, if it isn't beside the file.
+        allow_pickle: Whether a pickled file is read, without running its code.
+
+    Raises:
+        ValueError: If the file is damaged, unknown or mixed, or doesn't say enough, or an argument
+            has no meaning for its format.
+    """
+    file = (
+        source
+        if isinstance(source, Checkpoint)
+        else open_checkpoint(source, allow_pickle=allow_pickle)
+    )
+    name = format_of(file)
+    given = {"facts": facts, "base": base, "component": component, "hparams": hparams}
+    given = {key: value for key, value in given.items() if value is not None}
+    unused = sorted(given.keys() - set(FORMATS[name].takes) - {"base"})
+    if unused:
+        raise ValueError(
+            f"{', '.join(unused)} was given, but {file.path.name} is of the "
+            f"{FORMATS[name].title}, which has no use for it; leave it out."
+        )
+    takes = {"base": None} if "base" in FORMATS[name].takes else {}
+    adapter = FORMATS[name].read(
+        file, **{**takes, **{key: given[key] for key in given if key in FORMATS[name].takes}}
+    )
+    if base is not None:
+        adapter.check_fits(base)
+    return adapter

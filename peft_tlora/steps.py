@@ -1,0 +1,132 @@
+"""The active rank over the steps of a scheduler of diffusers, and as a picture."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from PIL import Image, ImageDraw
+
+from .formats.bands import timestep_at
+from .formats.files import read_json, replaced
+from .schedule import RankSchedule
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a generation.
+
+    Args:
+        timestep: The timestep that the denoiser sees, in its own unit.
+        noise: Which share of time is noise: 1 at pure noise, 0 at the end.
+        rank: The active ranks.
+    """
+
+    timestep: float
+    noise: float
+    rank: int
+
+
+def load_scheduler(source: str | os.PathLike[str], shift: float | None = None) -> Any:
+    """A scheduler by its class's name, with default values, or from a folder of diffusers.
+
+    Args:
+        source: The name of a class, or the folder of a pipeline or of its scheduler.
+        shift: The shift of a flow-matching scheduler, in the place of its own or of one that
+            depends on the size of the picture.
+
+    Raises:
+        ValueError: If diffusers has no such scheduler, or it has no such shift.
+    """
+    folder, config = Path(source), {"_class_name": str(source)}
+    if folder.is_dir():
+        inner = folder / "scheduler"
+        config = read_json((inner if inner.is_dir() else folder) / "scheduler_config.json")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise ValueError(f"{source} is no scheduler of diffusers, nor a folder with one.")
+    scheduler: Any = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+    if shift is None:
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"The shift of {source} depends on the size of the picture; pass one with --shift."
+            )
+        return scheduler
+    name = next((n for n in ("shift", "flow_shift") if n in scheduler.config), None)
+    if name is None:
+        raise ValueError(f"{cls.__name__} has no shift; leave --shift out.")
+    changes: dict[str, Any] = {name: shift}
+    if scheduler.config.get("use_dynamic_shifting"):
+        changes["use_dynamic_shifting"] = False
+    return cls.from_config(config, **changes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def steps_of(schedule: RankSchedule, scheduler: Any, count: int) -> list[Step]:
+    """The active rank at each of `count` steps of a scheduler."""
+    scheduler.set_timesteps(count)
+    total = float(scheduler.config.get("num_train_timesteps", 1000))
+    steps = []
+    for value in scheduler.timesteps.tolist():
+        if schedule.timestep_type == "log_sigma":
+            timestep = float(value)
+            noise = 1 / (1 + math.exp(-4 * timestep))
+        else:
+            noise = value / total
+            if scheduler.config.get("invert_sigmas"):
+                noise = 1 - noise
+            timestep = timestep_at(schedule, noise)
+        steps.append(Step(timestep, noise, schedule.active_rank(timestep)))
+    return steps
+
+
+def transitions(schedule: RankSchedule, points: int = 10001) -> list[Step]:
+    """The noises at which another rank is active, the noisiest first."""
+    found: list[Step] = []
+    for i in range(points):
+        noise = 1 - i / (points - 1)
+        timestep = timestep_at(schedule, noise)
+        rank = schedule.active_rank(timestep)
+        if not found or rank != found[-1].rank:
+            found.append(Step(timestep, noise, rank))
+    return found
+
+
+def plot(
+    path: str | os.PathLike[str], schedule: RankSchedule, steps: list[Step] | None = None
+) -> None:
+    """Draw the active rank over the noise, and the steps of a scheduler on it, as a PNG.
+
+    Args:
+        path: The file.
+        schedule: The schedule.
+        steps: Steps to mark.
+    """
+    width, height, margin = 640, 400, 48
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def at(noise: float, rank: float) -> tuple[float, float]:
+        x = margin + (1 - noise) * (width - 2 * margin)
+        return x, height - margin - rank / schedule.r * (height - 2 * margin)
+
+    draw.line([at(1, schedule.r), at(1, 0), at(0, 0)], fill="black")
+    line = []
+    changes = transitions(schedule)
+    for now, after in zip(changes, [*changes[1:], Step(0, 0.0, changes[-1].rank)], strict=True):
+        line += [at(now.noise, now.rank), at(after.noise, now.rank)]
+    draw.line(line, fill="#c0392b", width=2)
+    for step in steps or []:
+        x, y = at(step.noise, step.rank)
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#2c3e50")
+    for rank in sorted({schedule.r_min, schedule.r}):
+        draw.text((8, at(1, rank)[1] - 6), str(rank), fill="black")
+    for noise, label in ((1.0, "noise"), (0.0, "clean")):
+        timestep = timestep_at(schedule, noise)
+        draw.text(
+            (at(noise, 0)[0] - 14, height - margin + 8), f"{label} {timestep:g}", fill="black"
+        )
+    with replaced(Path(path)) as new:
+        image.save(new, format="PNG")

@@ -1,0 +1,245 @@
+"""The command line: what it prints, writes, and how it ends."""
+
+import json
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from peft_tlora import active_rank
+from peft_tlora.cli import main
+from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+
+from . import foreign
+from .test_formats import official_flux, official_sdxl, sd_scripts
+from .tiny import families
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_diffusers(
+        families.adapter("sd", r".*(to_q|attn2\.to_k)"), tmp_path / "a.safetensors"
+    )
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_the_help_lists_all_commands(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name in ("inspect", "convert", "schedule", "run"):
+        assert f"\n    {name} " in out
+
+
+def test_colours_are_for_terminals_alone(capsys, file, monkeypatch):
+    assert "\033" not in run(capsys, "inspect", file)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "\033[1mformat:\033[0m" in run(capsys, "inspect", file)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in run(capsys, "inspect", file)[1]
+
+
+def test_inspect_tells_format_schedule_and_how_far_each_layer_moved(capsys, file):
+    code, out, err = run(capsys, "inspect", file)
+    assert (code, err) == (0, "")
+    for text in (
+        "diffusers (file of diffusers)",
+        "6 in 12 layers",
+        "min_rank=2",
+        "8 to_q",
+        "4 to_k",
+    ):
+        assert text in out
+    code, out, _ = run(capsys, "inspect", file, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["bytes"] == file.stat().st_size
+    adapter = read_diffusers(file)
+    assert report["layers"].keys() == adapter.layers.keys()
+    for name, layer in adapter.layers.items():
+        q, p, lam, q0, p0, lam0 = (f.double() for f in layer.factors)
+        start = p0 @ torch.diag(lam0) @ q0
+        change = p @ torch.diag(lam) @ q - start
+        values = torch.linalg.svdvals(change)
+        shares = values[values > 1e-9] / values.sum()
+        found = report["layers"][name]
+        assert found["moved"] == pytest.approx((change.norm() / start.norm()).item(), rel=1e-4)
+        entropy = -(shares * shares.log()).sum()
+        assert found["effective_rank"] == pytest.approx(entropy.exp().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_inspect_tells_the_family(capsys, tmp_path, family):
+    layers = r".*(attn1?|attn2)\.(to_q|to_k)"
+    path = write_peft(families.adapter(family, layers), tmp_path)
+    assert json.loads(run(capsys, "inspect", path, "--json")[1])["family"] == family
+
+
+def test_inspect_says_what_is_missing(capsys, tmp_path):
+    path, _, _ = official_sdxl(tmp_path)
+    (tmp_path / "logs" / "hparams.yml").unlink()
+    code, out, err = run(capsys, "inspect", path)
+    assert code == 0
+    assert "6 in 16 layers" in out or "6 in " in out
+    assert "schedule:    unknown" in out
+    assert "doesn't say rank_schedule" in err
+    adapter = families.adapter("sd", ["to_q"])
+    path = foreign.save(tmp_path / "l.safetensors", foreign.lycoris(adapter))
+    code, out, err = run(capsys, "inspect", path)
+    assert code == 0
+    assert "lycoris" in out
+    assert "frozen factors are not in the file" in err
+
+
+def test_inspect_of_a_layer_that_is_not_finite_says_so(capsys, file):
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith("lora_lambda.weight"))
+    tensors[key] = torch.full_like(tensors[key], float("nan"))
+    save_file(tensors, file)
+    report = json.loads(run(capsys, "inspect", file, "--json")[1])
+    assert [layer["finite"] for layer in report["layers"].values()].count(False) == 1
+
+
+def test_convert_there_and_back_keeps_every_bit(capsys, tmp_path, file):
+    assert run(capsys, "convert", file, tmp_path / "p", "--to", "peft")[0] == 0
+    families.assert_equal(read_peft(tmp_path / "p"), read_diffusers(file))
+    code, out, _ = run(
+        capsys, "convert", tmp_path / "p", tmp_path / "d", "--to", "diffusers", "--json"
+    )
+    assert code == 0
+    families.assert_equal(read_diffusers(json.loads(out)["path"]), read_diffusers(file))
+
+
+def test_convert_takes_facts_base_and_pickles(capsys, tmp_path):
+    path, adapter, _ = official_flux(tmp_path / "flux")
+    arguments = ["convert", path, tmp_path / "out", "--to", "diffusers"]
+    assert "is a pickle" in run(capsys, *arguments)[2]
+    code, _, err = run(capsys, *arguments, "--allow-pickle", "--min-rank", 2)
+    assert code == 1
+    assert "doesn't say rank_schedule" in err
+    facts = ["--min-rank", 2, "--rank-schedule", "power"]
+    code, _, err = run(capsys, *arguments, "--allow-pickle", *facts)
+    assert code == 0
+    assert "warning: 4 adapters of single blocks" in err
+    families.assert_equal(read_diffusers(tmp_path / "out"), adapter)
+    path, adapter, arguments = sd_scripts(tmp_path / "sd", "sd", str)
+    arguments["base"].save_pretrained(tmp_path / "base" / "unet")
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    options = ["--to", "peft", "--base", tmp_path / "base"]
+    assert run(capsys, "convert", path, tmp_path / "p", *options)[0] == 0
+    families.assert_equal(read_peft(tmp_path / "p"), adapter)
+
+
+@pytest.mark.parametrize("to", ["lora", "kohya", "comfyui"])
+def test_convert_to_plain_lora_prints_what_cutting_loses(capsys, tmp_path, file, to):
+    target = tmp_path / f"{to}.safetensors"
+    code, out, _ = run(capsys, "convert", file, target, "--to", to, "--rank", 2)
+    assert code == 0
+    assert "cutting to rank 2 lost" in out
+    ranks = {
+        len(t) for name, t in load_file(target).items() if "lora_A" in name or "lora_down" in name
+    }
+    assert ranks == {2}
+
+
+def test_convert_to_bands_writes_the_files_and_the_tables(capsys, tmp_path, file):
+    options = ["--to", "comfyui", "--bands", 2]
+    assert run(capsys, "convert", file, tmp_path / "bands", *options)[0] == 0
+    names = {path.name for path in (tmp_path / "bands").iterdir()}
+    assert names == {"band_00.safetensors", "band_01.safetensors", "bands.json", "workflow.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--to", "peft", "--timestep", "5"], 2, "--timestep is for plain LoRA"),
+        (["--to", "lora", "--bands", "2", "--rank", "4"], 2, "--bands chooses"),
+        (["--to", "lora", "--shift", "2"], 2, "--shift is for --bands"),
+        (["--to", "nonsense"], 2, "invalid choice"),
+        (["--to", "peft", "--min-rank", "3"], 1, "has no use for it"),
+        (["--to", "lora", "--rank", "0"], 1, "rank must be at least 1"),
+        (["--to", "peft", "--base", "nowhere"], 1, "There is no file nowhere"),
+    ],
+)
+def test_options_without_effect_or_sense_raises(capsys, tmp_path, file, options, code, message):
+    found, _, err = run(capsys, "convert", file, tmp_path / "out", *options)
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_none_is_an_error_without_a_traceback(capsys, tmp_path):
+    for command in (["inspect"], ["convert", "--to", "peft"]):
+        (tmp_path / "x.safetensors").write_text("nothing")
+        rest = [tmp_path / "out"] if command[0] == "convert" else []
+        code, _, err = run(capsys, *command, tmp_path / "x.safetensors", *rest)
+        assert code == 1
+        assert err.startswith("error: ")
+
+
+def test_schedule_shows_where_ranks_switch_on(capsys):
+    code, out, _ = run(capsys, "schedule", "--rank", 8, "--min-rank", 4, "--json")
+    assert code == 0
+    changes = json.loads(out)["changes"]
+    assert [change["rank"] for change in changes] == [4, 5, 6, 7, 8]
+    assert [change["timestep"] for change in changes] == pytest.approx([1000, 750, 500, 250, 0])
+
+
+@pytest.mark.parametrize("shift", [None, 1.0, 3.0])
+def test_schedule_follows_a_flow_matching_shift_and_the_models_unit(capsys, shift):
+    arguments = ["--rank", 16, "--num-train-timesteps", 1, "--steps", 8, "--json"]
+    arguments += [] if shift is None else ["--shift", shift]
+    name = "FlowMatchEulerDiscreteScheduler"
+    steps = json.loads(run(capsys, "schedule", "--scheduler", name, *arguments)[1])["steps"]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
+    scheduler.set_timesteps(8)
+    expected = (scheduler.timesteps / 1000).tolist()
+    assert [step["timestep"] for step in steps] == pytest.approx(expected)
+    ranks = [active_rank(t, 16, num_train_timesteps=1.0) for t in expected]
+    assert [step["rank"] for step in steps] == ranks
+
+
+def test_schedule_reads_an_adapter_and_the_folder_of_a_pipeline_and_draws(capsys, tmp_path, file):
+    DDIMScheduler(timestep_spacing="trailing").save_pretrained(tmp_path / "scheduler")
+    options = [
+        "--adapter",
+        file,
+        "--scheduler",
+        tmp_path,
+        "--steps",
+        4,
+        "--plot",
+        tmp_path / "s.png",
+    ]
+    code, out, _ = run(capsys, "schedule", *options)
+    assert code == 0
+    assert [line.split()[3] for line in out.splitlines()[2:6]] == ["2", "3", "4", "5"]
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.format == "PNG"
+        assert len(set(image.convert("RGB").get_flattened_data())) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--min-rank", "99"], 2, "min_rank=99"),
+        (["--steps", "3"], 2, "need a --scheduler"),
+        (["--scheduler", "Nothing"], 1, "is no scheduler of diffusers"),
+        (["--scheduler", "DDIMScheduler", "--shift", "3"], 1, "DDIMScheduler has no shift"),
+    ],
+)
+def test_schedules_that_make_no_sense_raises(capsys, options, code, message):
+    found, _, err = run(capsys, "schedule", *options)
+    assert found == code
+    assert message in err

@@ -1,0 +1,181 @@
+"""Hostile and broken files: a clear error, and nothing has changed."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_tlora import load_tlora_weights
+from peft_tlora.formats import files
+from peft_tlora.formats.facts import TrainingFacts
+from peft_tlora.formats.files import open_checkpoint, read_json, read_yaml, write_tensors
+from peft_tlora.formats.own import read_diffusers, write_diffusers
+from peft_tlora.formats.reading import read_adapter
+
+from . import foreign
+from .tiny import families, pipelines
+
+ROOT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def file(tmp_path):
+    adapter = families.adapter("sd", r".*attn1\.to_q")
+    return write_diffusers(adapter, tmp_path / "a.safetensors")
+
+
+def changed(file, **changes):
+    """The file with tensors of its first layer exchanged, or left out if None."""
+    tensors = load_file(file)
+    for name, change in changes.items():
+        key = f"{ROOT}.{name}.weight"
+        tensors[key] = change(tensors[key]).contiguous()
+    save_file(tensors, file)
+    return file
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_raises(file, keep):
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_A": lambda t: t[:3]}, "down-projection|shape|min_rank"),
+        ({"lora_A_init": lambda t: t[:, :3]}, r"should be \(6, 8\)"),
+        ({"lora_lambda": lambda t: t[:5]}, r"should be \(6,\)"),
+        ({"lora_B": lambda t: t.flatten()}, "its factors have shapes"),
+        ({"lora_A": lambda t: t.long()}, "not of floating point"),
+        ({"lora_A": lambda t: t[:0]}, r"rank must lie in \[1, 65536\], got 0"),
+        ({"lora_schedule": lambda t: t.index_fill(0, torch.tensor(3), 0x7FF0 << 48)}, "damaged"),
+        ({"lora_schedule": lambda t: t.index_fill(0, torch.tensor(3), 0x4059 << 48)}, "min_rank"),
+        ({"lora_schedule": lambda t: t.index_fill(0, torch.tensor(2), 0x7FF8 << 48)}, "exponent"),
+        ({"lora_schedule": lambda t: t.index_fill(0, torch.tensor(0), 9)}, "newer peft_tlora"),
+    ],
+)
+def test_wrong_shapes_and_values_raises(file, change, message):
+    with pytest.raises(ValueError, match=message):
+        read_adapter(changed(file, **change))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a.__class__.b", "a..b", "C:\\x", "(a+)+$"])
+def test_names_that_are_no_layers_raises(file, name):
+    tensors = {k.replace(ROOT, f"unet.{name}"): v for k, v in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="is not the name of a layer"):
+        read_adapter(file)
+
+
+def test_a_mixture_of_formats_raises(file):
+    adapter = families.adapter("sd", ["to_q"])
+    save_file(load_file(file) | foreign.sd_scripts(adapter), file)
+    with pytest.raises(ValueError, match="or a mixture of several"):
+        read_adapter(file)
+    save_file({"something.weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="no T-LoRA file of a known format"):
+        read_adapter(file)
+
+
+def test_metadata_that_is_no_number_raises(tmp_path):
+    adapter = families.adapter("sd", ["to_q"])
+    path = tmp_path / "a.safetensors"
+    base = families.model("sd")
+    for value in ("9" * 5000, "1e400", "__import__('os')", "-1"):
+        metadata = {"ss_tlora_min_rank": value, "ss_tlora_alpha_rank_scale": "1"}
+        foreign.save(path, foreign.sd_scripts(adapter), metadata)
+        facts = TrainingFacts(num_train_timesteps=1000)
+        with pytest.raises(ValueError, match=r"no number|min_rank"):
+            read_adapter(path, base=base, facts=facts)
+
+
+@pytest.mark.parametrize(("suffix", "read"), [(".json", read_json), (".yml", read_yaml)])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("{" + " " * (1 << 21), "too large"),
+        ("a: {]", "no (JSON|YAML) of plain values"),
+        ("!!python/object/apply:os.system ['true']", "no (JSON|YAML) of plain values"),
+        ("\udcff", "no (JSON|YAML) of plain values"),
+    ],
+)
+def test_texts_that_are_none_raises(tmp_path, suffix, read, content, message):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_pickle_is_refused_unless_asked_for_and_never_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = foreign.save(tmp_path / "lora.pt", {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="is a pickle"):
+        open_checkpoint(path)
+    torch.save({"a": torch.zeros(1), "b": Bomb()}, path)
+    with pytest.raises(ValueError, match="can't be unpickled safely"):
+        open_checkpoint(path, allow_pickle=True)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="can't be unpickled safely"):
+        open_checkpoint(path, allow_pickle=True)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_raises(tmp_path):
+    path = tmp_path / "lora.pt"
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, path)
+    with pytest.raises(ValueError, match="claims more elements"):
+        open_checkpoint(path, allow_pickle=True)
+
+
+def test_a_crash_while_writing_leaves_the_old_file_alone(file, monkeypatch):
+    before = file.read_bytes()
+
+    def crash(*args):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(files.os, "fsync", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_tensors(file, {"a": torch.zeros(3)})
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_another_base_is_refused_before_the_model_changes_raises(file):
+    pipe = pipelines.stable_diffusion()
+    names = {name for name, _ in pipe.unet.named_modules()}
+    with pytest.raises(ValueError, match=r"doesn't fit: .*Is it for another base model"):
+        load_tlora_weights(pipe, file)
+    assert {name for name, _ in pipe.unet.named_modules()} == names
+    with pytest.raises(ValueError, match="doesn't fit"):
+        read_adapter(file, base=families.model("sdxl"))
+
+
+def test_damaged_weights_are_refused_before_the_model_changes_raises(tmp_path):
+    adapter = families.adapter("sd", [r"attn1.to_q"])
+    path = changed(write_diffusers(adapter, tmp_path), lora_lambda=lambda t: t[:5])
+    pipe = pipelines.stable_diffusion(unet=families.model("sd"))
+    with pytest.raises(ValueError, match=r"should be \(6,\)"):
+        load_tlora_weights(pipe, path)
+    assert not any("lora" in name for name, _ in pipe.unet.named_modules())
+
+
+def test_a_folder_with_several_files_asks_which_raises(file):
+    write_diffusers(read_diffusers(file), file.with_name("b.safetensors"))
+    with pytest.raises(ValueError, match=r"found a\.safetensors, b\.safetensors; name the file"):
+        read_adapter(file.parent)
+
+
+def test_json_is_written_whole(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2]}

@@ -1,0 +1,141 @@
+"""LyCORIS' files lack the frozen factors: they come back from the base, or are refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_tlora.formats.facts import TrainingFacts
+from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+from peft_tlora.formats.reading import read_adapter
+from peft_tlora.formats.trainers import read_lycoris
+
+from . import foreign
+from .tiny import families
+
+FACTS = TrainingFacts(
+    min_rank=2,
+    rank_schedule="power",
+    schedule_exponent=1.0,
+    num_train_timesteps=1000,
+    sig_type="principal",
+)
+LAYERS = r".*\.attn.*\.(to_q|to_k|to_v|to_out\.0)"
+
+
+def trained(folder, family="sd3", sig_type="principal", prefix="lycoris_", random=False):
+    """An adapter as LyCORIS trains it, its file and its base."""
+    choices = {"ortho_init": sig_type, "ortho_source": "random" if random else "weight"}
+    adapter = families.adapter(family, LAYERS, r=4, min_rank=2, lora_alpha=3, **choices)
+    layers = {}
+    for name, layer in adapter.layers.items():  # closer to the start than what perturb does
+        q, p, lam, q0, p0, lam0 = layer.factors
+        near = torch.lerp(q0, q, 0.1), torch.lerp(p0, p, 0.1), lam
+        layers[name] = type(layer)(type(layer.factors)(*near, q0, p0, lam0), layer.schedule, 3)
+    adapter = type(adapter)(adapter.component, layers)
+    path = foreign.save(folder / "a.safetensors", foreign.lycoris(adapter, prefix))
+    return path, adapter, families.model(family)
+
+
+def largest_error(found, expected, active=3):
+    """Of the updates at a mask, relative to the largest entry."""
+    return max(
+        (
+            (found.layers[name].delta(active) - layer.delta(active)).abs().max()
+            / layer.delta(active).abs().max()
+        ).item()
+        for name, layer in expected.layers.items()
+    )
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_"])
+@pytest.mark.parametrize("sig_type", ["principal", "last"])
+def test_the_frozen_factors_come_back_from_the_weights_of_the_base(tmp_path, sig_type, prefix):
+    path, adapter, base = trained(tmp_path, sig_type=sig_type, prefix=prefix)
+    found = read_adapter(
+        path, base=base, facts=TrainingFacts(**{**vars(FACTS), "sig_type": sig_type})
+    )
+    assert found.layers.keys() == adapter.layers.keys()
+    assert largest_error(found, adapter) < 1e-4
+    assert "agree with the trained ones to 1.000" not in found.notes[0]
+    assert "agree with the trained ones to 0.9" in found.notes[0]
+    again = read_diffusers(write_diffusers(read_peft(write_peft(found, tmp_path / "p")), tmp_path))
+    families.assert_equal(again, found)
+
+
+def test_the_signs_of_the_recomputed_triplets_are_those_of_the_trained_ones(tmp_path):
+    path, adapter, base = trained(tmp_path)
+    tensors = load_file(path)
+    for name, tensor in tensors.items():  # as another library's SVD might have had them
+        if name.endswith("q_layer.weight"):
+            tensor[1::2] *= -1
+        elif name.endswith("p_layer.weight"):
+            tensor[:, 1::2] *= -1
+    found = read_lycoris(foreign.save(path, tensors), base=base, facts=FACTS)
+    assert largest_error(found, adapter) < 1e-4
+    for layer in found.layers.values():
+        q, p, _, q0, p0, _ = layer.factors
+        assert ((q * q0).sum(1) > 0).all()
+        assert ((p * p0).sum(0) > 0).all()
+
+
+def test_weights_rounded_to_bfloat16_after_the_training_give_an_error_of_their_own(tmp_path):
+    path, adapter, base = trained(tmp_path)
+    rounded = read_lycoris(path, base=base.bfloat16(), facts=FACTS)
+    assert 0.01 < largest_error(rounded, adapter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path, base: (base, {"sig_type": "last"}),
+        lambda path, base: (families.model("sd3", seed=1), {}),
+    ],
+    ids=["another sig_type", "another base"],
+)
+def test_factors_that_started_somewhere_else_raises(tmp_path, change):
+    path, _, base = trained(tmp_path)
+    base, facts = change(path, base)
+    with pytest.raises(ValueError, match=r"agree to 0\.\d\d only with the recomputed start"):
+        read_lycoris(path, base=base, facts=TrainingFacts(**{**vars(FACTS), **facts}))
+
+
+def test_a_random_start_is_lost_raises(tmp_path):
+    path, _, base = trained(tmp_path, random=True)
+    with pytest.raises(ValueError, match="use_data_init=False, whose start is lost"):
+        read_lycoris(path, base=base, facts=FACTS)
+
+
+@pytest.mark.parametrize("kind", ["int8", "meta"])
+def test_a_base_without_its_own_weights_raises(tmp_path, kind):
+    path, _, base = trained(tmp_path)
+    if kind == "meta":
+        base = base.to("meta")
+    else:
+        for module in base.modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = torch.zeros(module.weight.shape, dtype=torch.int8)
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match="not quantised and not left out"):
+        read_lycoris(path, base=base, facts=FACTS)
+
+
+def test_the_sig_type_is_asked_for_raises(tmp_path):
+    path, _, base = trained(tmp_path)
+    with pytest.raises(ValueError, match="LyCORIS doesn't say sig_type"):
+        read_lycoris(path, base=base, facts=TrainingFacts(min_rank=2))
+
+
+def test_a_convolution_with_a_kernel_raises(tmp_path):
+    adapter = families.adapter("sd", ["conv1"])
+    layers = {
+        f"lycoris_{name.replace('.', '_')}": layer.factors for name, layer in adapter.layers.items()
+    }
+    tensors = {}
+    for name, factors in layers.items():
+        tensors[f"{name}.q_layer.weight"] = factors.q[:, :, :1, :1]
+        tensors[f"{name}.p_layer.weight"] = factors.p
+        tensors[f"{name}.lambda_layer"] = factors.lam.unsqueeze(0)
+        tensors[f"{name}.alpha"] = torch.tensor(3.0)
+    path = foreign.save(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"convolution with a kernel of \(3, 3\)"):
+        read_lycoris(path, base=families.model("sd"), facts=FACTS)
