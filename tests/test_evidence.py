@@ -19,7 +19,7 @@ from evidence.concepts import (
     training_setting,
 )
 from PIL import Image
-from toybox import scenes
+from toybox import odd, scenes
 from toybox.check import palette_map
 
 from .conftest import tiny_unet
@@ -42,6 +42,21 @@ def test_splits_are_disjoint_in_shape_and_none_is_known_to_the_base():
     assert (len(TUNING), len(TEST)) == (4, 8)
     assert len(tuning | test) == len(CONCEPTS) == 12
     assert not (tuning | test) & set(scenes.OUTLINES)
+
+
+def outline(mask):
+    """A silhouette stretched to the same square, to compare shapes at any place and size."""
+    ys, xs = np.nonzero(mask)
+    box = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    small = Image.fromarray((box * 255).astype(np.uint8)).resize((32, 32), Image.Resampling.BOX)
+    return np.asarray(small) > 127
+
+
+def test_no_odd_toy_of_the_base_has_the_outline_of_a_test_concept():
+    known = [outline(parts(concept).sum(0) > 0.5) for concept in TEST]
+    for i in range(300):
+        shape = outline(odd.odd_masks(odd.sample_odd_scene(0, i)).sum(0) > 0.5)
+        assert max((shape & other).sum() / (shape | other).sum() for other in known) < 0.92
 
 
 def test_no_two_concepts_look_alike():

@@ -8,7 +8,9 @@ A run that is stopped goes on where it was. A GPU is used if there is one.
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from evidence.report import write_report
 from evidence.trial import Cell, run
 
 RESULTS = "results.jsonl"
+Result = tuple[Cell, list[tuple[int, store.Record]]]
 
 
 def _save_pictures(folder: Path, cell: Cell, step: int, pictures: list[Image.Image]) -> None:
@@ -30,15 +33,33 @@ def _save_pictures(folder: Path, cell: Cell, step: int, pictures: list[Image.Ima
     contact_sheet(pictures, columns=len(pictures), scale=1).save(folder / name)
 
 
-def run_cells(cells: Iterable[Cell], output: Path, device: str, label: str) -> None:
-    """Run the cells that are not in the results yet."""
-    results = output / RESULTS
-    for cell in tqdm(store.missing(cells, store.load(results)), desc=label, unit="trial"):
-        measured = []
-        for step, values, pictures in run(cell, device):
-            measured.append((step, values))
-            _save_pictures(output / "pictures", cell, step, pictures["asked"] + pictures["free"])
-        store.append(results, cell, measured)
+def run_cell(cell: Cell, folder: Path, device: str) -> Result:
+    """Run one cell and save its pictures; returns the measures of its checkpoints."""
+    measured = []
+    for step, values, pictures in run(cell, device):
+        measured.append((step, values))
+        _save_pictures(folder, cell, step, pictures["asked"] + pictures["free"])
+    return cell, measured
+
+
+def _results(cells: list[Cell], work: Callable[[Cell], Result], workers: int) -> Iterator[Result]:
+    """The results of the cells as they come, from processes with a thread each if several."""
+    if workers == 1:
+        yield from map(work, cells)
+        return
+    with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(work, cells)
+
+
+def run_cells(
+    cells: Iterable[Cell], output: Path, device: str, label: str, workers: int = 1
+) -> None:
+    """Run the cells that are not in the results yet, ``workers`` at a time."""
+    missing = store.missing(cells, store.load(output / RESULTS))
+    work = partial(run_cell, folder=output / "pictures", device=device)
+    results = _results(missing, work, workers)
+    for cell, measured in tqdm(results, desc=label, unit="trial", total=len(missing)):
+        store.append(output / RESULTS, cell, measured)
 
 
 def main() -> None:
@@ -47,14 +68,17 @@ def main() -> None:
     parser.add_argument("--plan", choices=tuple(plans.PLANS), default="quick")
     parser.add_argument("--output", type=Path, default=Path("evidence-output"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, help="trials at a time; a CPU core each by default")
     args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    workers = args.workers or (cores if args.device == "cpu" else 1)
     plan = plans.PLANS[args.plan]
     if args.action == "run":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores)
         if len(plan.rates) > 1:
-            run_cells(plans.tuning_cells(plan), args.output, args.device, "tuning")
+            run_cells(plans.tuning_cells(plan), args.output, args.device, "tuning", workers)
         cells = plans.comparison_cells(plan, store.load(args.output / RESULTS))
-        run_cells(cells, args.output, args.device, "test")
+        run_cells(cells, args.output, args.device, "test", workers)
     write_report(store.load(args.output / RESULTS), plan, args.output)
 
 

@@ -17,7 +17,7 @@ from toybox.scenes import (
     POSITIONS,
     SUPERSAMPLE,
     TEXTURES,
-    texture_mask,
+    backdrop,
 )
 
 RADIUS = 15.0
@@ -120,17 +120,12 @@ def parts(concept: Concept, radius: float = RADIUS) -> np.ndarray:
     return blocks.mean((2, 4))
 
 
-def background(setting: Setting) -> np.ndarray:
-    """The empty scene, RGB in 0..255, shape ``(SIZE, SIZE, 3)``."""
-    main, second = (np.array(tone, np.float32) for tone in PALETTE[setting.background])
-    texture = texture_mask(setting.texture)[..., None]
-    return main * (1 - texture) + second * texture
-
-
 def draw(concept: Concept, setting: Setting) -> Image.Image:
     """The picture of the concept in a setting."""
     margin = WINDOW // 2
-    padded = np.pad(background(setting), ((margin, margin), (margin, margin), (0, 0)))
+    padded = np.pad(
+        backdrop(setting.background, setting.texture), ((margin, margin), (margin, margin), (0, 0))
+    )
     x, y = POSITIONS[setting.position]
     window = padded[y : y + WINDOW, x : x + WINDOW]
     window *= 1 - parts(concept).sum(0)[..., None]

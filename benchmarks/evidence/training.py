@@ -56,7 +56,8 @@ def fit(
     """
     rng = torch.Generator().manual_seed(seed)
     weights = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.999), weight_decay=1e-4)
+    options = {"lr": lr, "betas": (0.9, 0.999), "weight_decay": 1e-4}
+    optimizer = torch.optim.AdamW(weights, **options, fused=True)
     low, high = (round(share * scheduler.config.num_train_timesteps) for share in band)
     pictures, losses = latents.expand(batch, *latents.shape[1:]), []
     repeated = {name: expand(value, batch) for name, value in conditions.items()}

@@ -123,21 +123,23 @@ def judge(
     }
 
 
-@lru_cache(maxsize=64)
-def base_pictures(concept: str, seed: int, device: str) -> dict[str, list[Image.Image]]:
-    """What the base makes of the same prompts and noise."""
-    return pictures_of(fresh_pipeline(device), CONCEPTS[concept], seed)
+@lru_cache
+def base_unrelated(seed: int, device: str) -> list[Image.Image]:
+    """What the base makes of the unrelated prompts, from the noise that adapters get for them."""
+    noise = 1000 * (seed + 1) + ASKED + FREE
+    return generate(_pipeline(device), list(UNRELATED), seed=noise, **SAMPLING)
 
 
 def run(
     cell: Cell, device: str = "cpu"
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, list[Image.Image]]]]:
     """Train a cell's adapter; yields the step, the measures and the pictures of each checkpoint."""
-    concept, base = CONCEPTS[cell.concept], base_pictures(cell.concept, cell.seed, device)
+    concept, pipeline = CONCEPTS[cell.concept], fresh_pipeline(device)
     if cell.arm == BASE:
-        yield 0, judge(base, concept, base["unrelated"]), base
+        pictures = pictures_of(pipeline, concept, cell.seed)
+        yield 0, judge(pictures, concept, pictures["unrelated"]), pictures
         return
-    pipeline, arm = fresh_pipeline(device), ARMS[cell.arm]
+    arm, base = ARMS[cell.arm], base_unrelated(cell.seed, device)
     latents, conditions = conditions_of(pipeline, concept)
     attach(pipeline.unet, arm, r=cell.r, r_min=cell.r_min, targets=TARGETS, seed=cell.seed)
     options = {"band": arm.band, "lr": cell.lr, "checkpoints": cell.steps, "seed": cell.seed}
@@ -145,4 +147,4 @@ def run(
     for step, loss in fit(pipeline.unet, scheduler, latents, conditions, batch=BATCH, **options):
         with acting_in(pipeline.unet, arm.band, scheduler.config.num_train_timesteps):
             pictures = pictures_of(pipeline, concept, cell.seed)
-        yield step, {"loss": loss, **judge(pictures, concept, base["unrelated"])}, pictures
+        yield step, {"loss": loss, **judge(pictures, concept, base)}, pictures
