@@ -1,47 +1,51 @@
 """What reading the timestep costs: a denoising step with the hook, and without it.
 
-    python benchmarks/hook.py
+    python benchmarks/hook.py [--repeats 200]
 
 The embedded base has a T-LoRA adapter in all attention projections. Without the hook the timestep
 is set once, around all steps, so the layers do the same work. Both are measured in turn.
 """
 
+import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from measure import interleaved, ratio, report
 
 from peft_tlora import TLoraConfig, timestep_context
 from peft_tlora.hooks import disconnect
 
 MODEL = Path(__file__).parents[1] / "examples" / "toybox" / "model"
-REPEATS = 200
+
+
+def adapted_unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet").eval()
+    unet.add_adapter(TLoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return unet
 
 
 @torch.no_grad()
 def main() -> None:
-    """Print the median step of both and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=200)
     torch.manual_seed(0)
-    unets = {}
-    for name in ("with", "without"):
-        unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet").eval()
-        unet.add_adapter(TLoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        unets[name] = unet
+    unets = {"with the hook": adapted_unet(), "without": adapted_unet()}
     disconnect(unets["without"])
     latents, text = torch.randn(2, 16, 8, 8), torch.randn(2, 32, 128)
-    seconds = {name: [] for name in unets}
+    steps = {
+        name: lambda _, unet=unet: lambda: unet(latents, torch.tensor(500), text)
+        for name, unet in unets.items()
+    }
     with timestep_context(unets["without"], 500):
-        for _ in range(REPEATS):
-            for name, unet in unets.items():
-                start = time.perf_counter()
-                unet(latents, torch.tensor(500), text)
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, value in medians.items():
-        print(f"{name:>8} the hook: {1e3 * value:.2f} ms a step")
-    print(f"   ratio: {medians['with'] / medians['without']:.4f}")
+        times = interleaved(steps, parser.parse_args().repeats)
+    rows = [
+        [name, f"{1e3 * statistics.median(times[name]):.2f} ms", ratio(times, name, "without")[1]]
+        for name in unets
+    ]
+    head = ["the timestep is read", "median step", "time / without"]
+    report("hook", "Reading the timestep in a step of the embedded base", head, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from .denoisers import Denoiser, find_denoiser, forward_arguments, is_known, library_of
-from .timestep import HasTimestepState, TimestepState
+from .timestep import TimestepLayer, TimestepState
 
 _HOOK = "_tlora_timestep_hook"
 _NOISE_WORDS = ("time", "sigma", "noise")
@@ -18,7 +18,7 @@ def connect(model: nn.Module) -> None:
     """
     lone = TimestepState(type(model).__name__ if _looks_like_denoiser(type(model)) else None)
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, HasTimestepState):
+        if not isinstance(layer, TimestepLayer):
             continue
         found = find_denoiser(model, name)
         if found is not None:

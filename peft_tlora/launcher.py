@@ -16,7 +16,7 @@ from torch import nn
 from .config import TLoraConfig
 from .denoisers import find_denoiser
 from .model import TLoraModel
-from .timestep import HasTimestepState
+from .timestep import TimestepLayer
 
 
 class NoAdapterError(RuntimeError):
@@ -100,7 +100,7 @@ def _is_denoiser(model: nn.Module) -> bool:
 
 
 def _report(model: nn.Module, adapter_name: str, config: TLoraConfig) -> None:
-    layers = sum(1 for module in model.modules() if isinstance(module, HasTimestepState))
+    layers = sum(1 for module in model.modules() if isinstance(module, TimestepLayer))
     print(
         f"peft_tlora: adapter '{adapter_name}' of {type(model).__name__} is T-LoRA in {layers} "
         f"layers (r={config.r}, min_rank={config.min_rank}, {config.rank_schedule} schedule, "

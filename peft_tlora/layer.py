@@ -16,7 +16,7 @@ from .encoding import decode_recipe, decode_schedule, encode_schedule
 from .frozen import Recipe, rebuild
 from .functional import autocast_dtype
 from .ranks import groups_of
-from .timestep import TimestepState
+from .timestep import TimestepLayer
 from .variant import TLoraVariant
 
 FROZEN = ("lora_A_init", "lora_B_init", "lora_lambda_init", "lora_schedule")
@@ -61,12 +61,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-class TLoraLayer(lora.LoraLayer):
+class TLoraLayer(TimestepLayer, lora.LoraLayer):
     """A LoRA layer some of whose adapters are T-LoRA; mixed into PEFT's layer classes."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_lambda")
     other_param_names = (*lora.LoraLayer.other_param_names, *FROZEN)
-    timestep_state: TimestepState | None = None
     # torch types what hangs on a module as Tensor | Module
     lora_A: Any
     lora_B: Any

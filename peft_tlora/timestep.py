@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,11 +213,10 @@ class TimestepState:
             warnings.warn(message, stacklevel=2)
 
 
-@runtime_checkable
-class HasTimestepState(Protocol):
-    """A layer whose forward depends on a timestep."""
+class TimestepLayer:
+    """A layer whose forward depends on a timestep; mixed into a module."""
 
-    timestep_state: TimestepState
+    timestep_state: TimestepState | None = None
 
 
 @contextmanager
@@ -246,7 +245,7 @@ def timestep_context(model: nn.Module, timestep: float | Tensor) -> Iterator[Non
     states = {
         id(module.timestep_state): module.timestep_state
         for module in model.modules()
-        if isinstance(module, HasTimestepState)
+        if isinstance(module, TimestepLayer) and module.timestep_state is not None
     }
     if not states:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from peft_tlora import TLoraConfig, timestep_context, variant
 from peft_tlora import linear as module_of_functions
 from peft_tlora.functional import Factors
-from peft_tlora.linear import add_update, adapted_linear
+from peft_tlora.linear import adapted_linear, add_update
 
 from .conftest import perturb
 
@@ -182,9 +182,7 @@ def folded(monkeypatch):
     """The calls that add an update to a weight."""
     calls = []
     original = module_of_functions._updated
-    monkeypatch.setattr(
-        module_of_functions, "_updated", lambda *a: calls.append(a) or original(*a)
-    )
+    monkeypatch.setattr(module_of_functions, "_updated", lambda *a: calls.append(a) or original(*a))
     return calls
 
 

@@ -14,6 +14,7 @@ from evidence.store import Record
 DRAWS = 2000
 ENOUGH = 5  # concepts; resampling fewer gives intervals far too narrow, so none is shown
 Table = dict[str, dict[int, float]]  # concept -> seed -> value
+Metric = str | Callable[[Record], float]  # a name in the records, or made of several
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def select(records: Sequence[Record], variant: Variant, step: int) -> list[Recor
     return [r for r in records if variant_of(r) == variant and r["step"] == wanted]
 
 
-def table(records: Sequence[Record], metric: str | Callable[[Record], float]) -> Table:
+def table(records: Sequence[Record], metric: Metric) -> Table:
     """A metric by concept and seed."""
     values: Table = defaultdict(dict)
     for record in records:
@@ -98,7 +99,7 @@ def bootstrap(values: Table, draws: int = DRAWS, seed: int = 0) -> Interval:
     return Interval(mean(values), float(low), float(high), len(values))
 
 
-def paired(first: Sequence[Record], second: Sequence[Record], metric: str) -> Interval:
+def paired(first: Sequence[Record], second: Sequence[Record], metric: Metric) -> Interval:
     """``first - second`` on the concepts and seeds that both have."""
     a, b = table(first, metric), table(second, metric)
     common = {

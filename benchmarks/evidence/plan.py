@@ -43,19 +43,19 @@ class Plan:
 
 PLANS = {
     "full": Plan(),
-    # every arm once, untuned: what two busy cores do in an hour or two
+    # all arms at one rank, tuned a little: half an hour on two idle cores
     "subset": Plan(
-        ranks=(16,), shares=(0.5,), rates=(3e-3,), tuning=0, test=8, seeds=1, steps=(40, 100)
+        ranks=(16,), shares=(0.5,), rates=(2e-3, 5e-3), tuning=2, seeds=2, steps=(40, 100)
     ),
+    # the arms once on as many concepts as an interval needs, untuned and without the bands
     "quick": Plan(
-        arms=("lora", "vanilla", "tlora"),
         ranks=(16,),
         shares=(0.5,),
         rates=(3e-3,),
         tuning=0,
-        test=2,
+        test=5,
         seeds=1,
-        steps=(50, 100),
+        steps=(40, 100),
         bands=False,
     ),
 }

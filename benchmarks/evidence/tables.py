@@ -6,7 +6,7 @@ import numpy as np
 
 from evidence import analysis, limits
 from evidence.arms import BANDS, BASE, title
-from evidence.plan import Plan, Variant, best_settings, comparison_cells, variants
+from evidence.plan import Plan, Variant, best_settings, comparison_cells, score, variants
 from evidence.store import Record, key
 
 METRICS = {
@@ -26,8 +26,12 @@ METRICS = {
     "drift": "drift",
 }
 FEW_PICTURES = 48  # fewer don't determine the Gaussian that the toy FID fits (24 features)
-Names = Mapping[str, str]
-PAIRED = {name: METRICS[name] for name in ("overlap", "alignment", "elsewhere_leakage", "drift")}
+Names = Mapping[analysis.Metric, str]
+PAIRED: Names = {
+    **{name: METRICS[name] for name in ("overlap", "elsewhere_overlap", "alignment")},
+    score: "score",
+    **{name: METRICS[name] for name in ("elsewhere_leakage", "drift")},
+}
 
 
 def name_of(variant: Variant) -> str:

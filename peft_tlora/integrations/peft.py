@@ -20,7 +20,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor
 
 from ..config import TLoraConfig
-from ..timestep import HasTimestepState
+from ..timestep import TimestepLayer
 
 _TESTED = ("0.18.1", "0.22")  # from, and below
 _NAME = "TLORA"
@@ -129,5 +129,5 @@ def _biases(model: Any, bias: str, state_dict: dict[str, Tensor]) -> Iterator[st
     elif bias == "lora_only":
         for name, module in model.named_modules():
             key = f"{name}.base_layer.bias"
-            if isinstance(module, HasTimestepState) and key in state_dict:
+            if isinstance(module, TimestepLayer) and key in state_dict:
                 yield key
