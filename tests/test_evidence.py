@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evidence import encoder, metrics, plan, store, training, trial
+from evidence import encoder, metrics, plan, runner, store, training, trial
 from evidence.arms import ARMS, BANDS, CORE
 from evidence.concepts import (
     CONCEPTS,
@@ -247,6 +247,28 @@ def test_finished_trials_are_not_run_again(tmp_path):
     assert store.missing([CELL, other], records) == [other]
     longer = replace(CELL, steps=(5, 10, 20))
     assert store.missing([longer], records) == [longer]
+
+
+def test_cells_run_once_and_leave_records_and_pictures(tmp_path, monkeypatch):
+    ran = []
+
+    def fake(cell, device):
+        ran.append(cell)
+        yield 5, {"overlap": 0.1}, {"asked": random_pictures(2), "free": random_pictures(1)}
+
+    monkeypatch.setattr(runner, "run", fake)
+    cell = replace(CELL, steps=(5,))
+    for _ in range(2):
+        runner.run_cells([cell], tmp_path, "cpu", "test")
+    assert ran == [cell]
+    assert [r["overlap"] for r in store.load(tmp_path / runner.RESULTS)] == [0.1]
+    (sheet,) = (tmp_path / "pictures").iterdir()
+    with Image.open(sheet) as pictures:
+        assert pictures.width > 3 * scenes.SIZE
+
+
+def test_cells_run_in_several_processes():
+    assert sorted(runner.spread([-1, 2, -3], abs, 2)) == [1, 2, 3]
 
 
 def test_a_line_cut_off_by_an_interruption_is_run_again(tmp_path):

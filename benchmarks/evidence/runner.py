@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from evidence import store
 from evidence.trial import Cell, run
 
+T, R = TypeVar("T"), TypeVar("R")
 RESULTS = "results.jsonl"
 Result = tuple[Cell, list[tuple[int, store.Record]]]
 
@@ -35,8 +37,8 @@ def run_cell(cell: Cell, folder: Path, device: str) -> Result:
     return cell, measured
 
 
-def _results(cells: list[Cell], work: Callable[[Cell], Result], workers: int) -> Iterator[Result]:
-    """The results of the cells as they come, from processes with a thread each if several."""
+def spread(cells: list[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
+    """What ``work`` returns for the cells, as it comes; several workers have a thread each."""
     if workers == 1:
         yield from map(work, cells)
         return
@@ -50,6 +52,6 @@ def run_cells(
     """Run the cells that are not in the results yet, ``workers`` at a time."""
     missing = store.missing(cells, store.load(output / RESULTS))
     work = partial(run_cell, folder=output / "pictures", device=device)
-    results = _results(missing, work, workers)
+    results = spread(missing, work, workers)
     for cell, measured in tqdm(results, desc=label, unit="trial", total=len(missing)):
         store.append(output / RESULTS, cell, measured)

@@ -1,6 +1,7 @@
 """The tables of a report, as Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,13 @@ METRICS = {
     "drift": "drift",
 }
 FEW_PICTURES = 48  # fewer don't determine the Gaussian that the toy FID fits (24 features)
-Names = Mapping[analysis.Metric, str]
+Names = Mapping[Any, str]  # by an analysis.Metric; a mapping of names alone must fit, too
 PAIRED: Names = {
     **{name: METRICS[name] for name in ("overlap", "elsewhere_overlap", "alignment")},
     score: "score",
     **{name: METRICS[name] for name in ("elsewhere_leakage", "drift")},
 }
+BAND_NAMES = {name: METRICS[name] for name in ("overlap", "alignment", "drift", "free_leakage")}
 
 
 def name_of(variant: Variant) -> str:
@@ -132,6 +134,9 @@ def report(records: Sequence[Record], plan: Plan) -> str:
         f"## Equal steps ({final})\n", means_table(test, equal), intervals_table(test, equal),
         "### T-LoRA against the others, paired\n", paired_table(test, equal),
     ]  # fmt: skip
+    for step in sorted(plan.steps)[:-1]:
+        earlier = {v: step for v in equal if v[0] not in BANDS}
+        parts += [f"### The same after {step} steps\n", paired_table(test, earlier)]
     settings = best_settings(records, plan) if plan.tuning else {}
     if settings:
         best = {(BASE, 0, 0): 0} | {v: settings[v][1] for v in variants(plan) if v in settings}
@@ -143,5 +148,5 @@ def report(records: Sequence[Record], plan: Plan) -> str:
         ]  # fmt: skip
     if any(v[0] in BANDS for v in equal):
         bands = {v: s for v, s in equal.items() if v[0] in (*BANDS, "lora", BASE)}
-        parts += ["## Where overfitting comes from\n", intervals_table(test, bands)]
+        parts += ["## Where overfitting comes from\n", intervals_table(test, bands, BAND_NAMES)]
     return "\n".join(parts)
