@@ -17,7 +17,8 @@ from tqdm import tqdm
 from evidence import store
 from evidence.trial import Cell, run
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 RESULTS = "results.jsonl"
 Result = tuple[Cell, list[tuple[int, store.Record]]]
 
