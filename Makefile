@@ -3,10 +3,17 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo evidence evidence-full test lint clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python examples/demo.py --output "$(OUTPUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
+
+# a subset, in minutes; evidence-full is everything, and goes on where it was stopped
+evidence: $(VENV)/evidence.done
+	PYTHONPATH=examples:benchmarks $(BIN)/python -m evidence run --plan quick --output evidence-output/quick
+
+evidence-full: $(VENV)/evidence.done
+	PYTHONPATH=examples:benchmarks $(BIN)/python -m evidence run --plan full --output evidence-output/full
 
 test: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
@@ -22,4 +29,4 @@ $(VENV)/%.done: pyproject.toml constraints-cpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) "$(OUTPUT)"
+	rm -rf $(VENV) "$(OUTPUT)" evidence-output

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from toybox import check, gate, scenes
+from toybox import check, gate, odd, scenes
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,29 @@ def test_held_out_combinations_never_occur_in_training():
     assert drawn <= training
     assert not held_out & training
     assert 0.05 < len(held_out) / len(held_out | training) < 0.15
+
+
+def test_odd_toys_depend_only_on_seed_and_index_and_differ():
+    first = [odd.sample_odd_scene(3, i) for i in range(20)]
+    again = [odd.sample_odd_scene(3, i) for i in reversed(range(20))][::-1]
+    assert first == again
+    drawn = [odd.render_odd(scene).tobytes() for scene in first]
+    assert drawn == [odd.render_odd(scene).tobytes() for scene in again]
+    assert len(set(drawn)) == 20
+
+
+def test_odd_toys_lie_in_the_place_that_their_caption_names():
+    for i in range(60):
+        scene = odd.sample_odd_scene(9, i)
+        reading = check.read(odd.render_odd(scene))
+        wanted = (scene.background, scene.texture, scene.position)
+        assert (reading.background, reading.texture, reading.position) == wanted
+
+
+def test_odd_toys_show_two_colours_of_more_than_a_few_pixels():
+    areas = np.array([odd.odd_masks(odd.sample_odd_scene(9, i)).sum((1, 2)) for i in range(100)])
+    assert (areas.min(1) > 8).mean() > 0.9
+    assert areas.sum(1).max() < scenes.SIZE**2 / 3
 
 
 def test_checker_reads_true_renders():

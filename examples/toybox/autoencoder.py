@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from toybox import model
 from toybox.loop import SEED, Curve, cosine, generator, optimize, save_atomically
-from toybox.scenes import POSITIONS, SIZE, caption, render, sample_caption, sample_scene
+from toybox.odd import render_odd, sample_odd_scene
+from toybox.scenes import POSITIONS, SIZE, Scene, caption, render, sample_caption, sample_scene
 
-POOL = 20_000
+POOL, ODD = 20_000, 10_000
 CAPTIONS = 4
 
 
@@ -20,6 +21,15 @@ def load_pool(work: Path) -> torch.Tensor:
     path = work / "pool.npy"
     if not path.exists():
         pictures = [np.asarray(render(sample_scene(SEED, i))) for i in range(POOL)]
+        np.save(path, np.stack(pictures).transpose(0, 3, 1, 2))
+    return torch.from_numpy(np.load(path))
+
+
+def load_odd_pool(work: Path) -> torch.Tensor:
+    """The odd toys as uint8, shape ``(ODD, 3, SIZE, SIZE)``; rendered on the first call."""
+    path = work / "odd-pool.npy"
+    if not path.exists():
+        pictures = [np.asarray(render_odd(sample_odd_scene(SEED, i))) for i in range(ODD)]
         np.save(path, np.stack(pictures).transpose(0, 3, 1, 2))
     return torch.from_numpy(np.load(path))
 
@@ -96,20 +106,37 @@ def encode_pool(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
             chunks = [vae.encode(as_input(x)).latent_dist.mean for x in pool.split(50)]
         latents = standardize(vae, torch.cat(chunks))
         save_atomically({"vae": vae.state_dict()}, work / "autoencoder.pt")
-        captions = [
-            sample_caption(sample_scene(SEED, i), SEED, i * CAPTIONS + k)
-            for i in range(len(pool))
-            for k in range(CAPTIONS)
-        ]
-        ids = model.tokenize(model.build_tokenizer(), captions).view(len(pool), CAPTIONS, -1)
+        ids = caption_ids([sample_scene(SEED, i) for i in range(len(pool))])
         save_atomically({"latents": latents, "ids": ids}, path)
     state = torch.load(path)
     return state["latents"], state["ids"]
 
 
-def full_caption_ids(count: int) -> torch.Tensor:
-    """Tokens of the whole captions of the pool's first ``count`` scenes."""
-    scenes = [sample_scene(SEED, i) for i in range(count)]
+def encode_odd_pool(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents ``(ODD, C, 8, 8)`` and caption ids ``(ODD, CAPTIONS, T)``, made on first call."""
+    path = work / "odd-encoded.pt"
+    if not path.exists():
+        pool, vae = load_odd_pool(work), load_autoencoder(work)
+        with torch.no_grad():
+            chunks = [vae.encode(as_input(x)).latent_dist.mean for x in pool.split(50)]
+        ids = caption_ids([sample_odd_scene(SEED, i) for i in range(len(pool))])
+        save_atomically({"latents": torch.cat(chunks), "ids": ids}, path)
+    state = torch.load(path)
+    return state["latents"], state["ids"]
+
+
+def caption_ids(scenes: list[Scene]) -> torch.Tensor:
+    """Tokens of ``CAPTIONS`` random captions for each scene, ``(scenes, CAPTIONS, T)``."""
+    captions = [
+        sample_caption(scene, SEED, i * CAPTIONS + k)
+        for i, scene in enumerate(scenes)
+        for k in range(CAPTIONS)
+    ]
+    return model.tokenize(model.build_tokenizer(), captions).view(len(scenes), CAPTIONS, -1)
+
+
+def full_caption_ids(scenes: list[Scene]) -> torch.Tensor:
+    """Tokens of the whole captions of scenes, ``(scenes, T)``."""
     captions = [caption(scene, noun="toy" if scene.inner else None) for scene in scenes]
     return model.tokenize(model.build_tokenizer(), captions)
 
@@ -123,16 +150,19 @@ def load_autoencoder(work: Path) -> AutoencoderKL:
 
 def polish_decoder(work: Path, steps: int) -> None:
     """Train the decoder alone for longer: the latents, and so the denoiser, stay valid."""
-    pool, (latents, _), vae = load_pool(work), encode_pool(work), load_autoencoder(work)
+    pool, odd, vae = load_pool(work), load_odd_pool(work), load_autoencoder(work)
+    latents = torch.cat([encode_pool(work)[0], encode_odd_pool(work)[0]])
     weights = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-4)
     curve = Curve(work / "decoder.jsonl")
     for step in range(steps):
         rng = generator(step + 1_000_000)
-        rows = torch.randint(len(pool), (16,), generator=rng)
+        rows = torch.cat([torch.randint(len(p), (8,), generator=rng) for p in (pool, odd)])
+        pictures = torch.cat([pool[rows[:8]], odd[rows[8:]]])
+        rows[8:] += len(pool)
         noise = torch.randn(latents[rows].shape, generator=rng)
         decoded = vae.decode(latents[rows] + 0.05 * noise).sample
-        x = as_input(pool[rows])
+        x = as_input(pictures)
         l1, l2 = F.l1_loss(decoded, x), F.mse_loss(decoded, x)
         optimize(optimizer, l1 + 2 * l2, cosine(step, steps, 1e-3))
         if (step + 1) % 50 == 0:

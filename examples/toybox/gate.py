@@ -17,7 +17,13 @@ from toybox.check import ATTRIBUTES, read
 from toybox.scenes import SIZE, Scene, caption, combinations, render
 
 MODEL = Path(__file__).parent / "model"
-THRESHOLDS = {"background": 0.95, "shape": 0.85, "colour": 0.85, "position": 0.80}
+THRESHOLDS = {
+    "background": 0.97,
+    "shape": 0.90,
+    "colour": 0.95,
+    "position": 0.90,
+    "texture": 0.95,
+}
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
@@ -78,7 +84,7 @@ def main() -> None:
     """Print the table, write the JSON, and exit with 1 when a threshold is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.5)

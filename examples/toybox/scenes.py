@@ -176,11 +176,16 @@ def texture_mask(texture: str) -> np.ndarray:
     return masks[texture].astype(np.float32)
 
 
+def backdrop(background: str, texture: str) -> np.ndarray:
+    """The empty scene, RGB in 0..255, shape ``(SIZE, SIZE, 3)``."""
+    main, second = (np.array(tone, np.float32) for tone in PALETTE[background])
+    mask = texture_mask(texture)[..., None]
+    return main * (1 - mask) + second * mask
+
+
 def render(scene: Scene) -> Image.Image:
     """Draw the scene as a ``SIZE`` x ``SIZE`` RGB picture."""
-    main, second = (np.array(tone, np.float32) for tone in PALETTE[scene.background])
-    texture = texture_mask(scene.texture)[..., None]
-    canvas = main * (1 - texture) + second * texture
+    canvas = backdrop(scene.background, scene.texture)
     x, y = (p + d for p, d in zip(POSITIONS[scene.position], scene.offset, strict=True))
     layers = [(scene.shape, scene.colour, scene.size)]
     if scene.inner:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from toybox import autoencoder, gate, model
 from toybox.loop import SEED, Curve, cosine, generator, optimize, save_atomically
-from toybox.scenes import caption
+from toybox.odd import sample_odd_scene
+from toybox.scenes import caption, sample_scene
 from toybox.text import train_text
 
 CAPTION_DROPOUT = 0.1
@@ -84,11 +85,21 @@ def update_average(average: Trainee, trainee: Trainee, step: int) -> None:
         target.lerp_(source, rate)
 
 
+def encoded(work: Path, odd_share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, captions and whole captions: of the scenes, and behind them of the odd toys."""
+    parts = [autoencoder.encode_pool(work)]
+    scenes = [sample_scene(SEED, i) for i in range(autoencoder.POOL)]
+    if odd_share > 0:
+        parts.append(autoencoder.encode_odd_pool(work))
+        scenes += [sample_odd_scene(SEED, i) for i in range(autoencoder.ODD)]
+    latents, ids = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return latents, ids, autoencoder.full_caption_ids(scenes)
+
+
 def train_denoiser(work: Path, args: argparse.Namespace) -> None:
     """Train denoiser and text encoder on the encoded pool, or go on from the checkpoint."""
     torch.manual_seed(SEED)
-    latents, ids = autoencoder.encode_pool(work)
-    full_ids = autoencoder.full_caption_ids(len(latents))
+    latents, ids, full_ids = encoded(work, args.odd_share)
     trainee, path = Trainee(), work / "denoiser.pt"
     trainee.text_encoder.load_state_dict(torch.load(work / "text.pt")["text_encoder"])
     average = copy.deepcopy(trainee).eval()
@@ -103,7 +114,11 @@ def train_denoiser(work: Path, args: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * args.minutes
     while step < args.steps and time.monotonic() < deadline:
         rng = generator(step)
-        rows = torch.randint(len(latents), (args.batch,), generator=rng)
+        rows = torch.randint(autoencoder.POOL, (args.batch,), generator=rng)
+        odd = torch.rand(args.batch, generator=rng) < args.odd_share
+        if odd.any():
+            others = torch.randint(autoencoder.POOL, len(latents), (args.batch,), generator=rng)
+            rows = torch.where(odd, others, rows)
         columns = torch.randint(autoencoder.CAPTIONS, (args.batch,), generator=rng)
         warming = step < WARMUP
         whole = torch.rand(args.batch, 1, generator=rng) < (1.0 if warming else FULL_CAPTIONS)
@@ -145,6 +160,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop earlier than that")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--odd-share", type=float, default=0.0, help="share of odd toys")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--gate-every", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2)

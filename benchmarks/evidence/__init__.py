@@ -1,0 +1,1 @@
+"""A single-image customisation benchmark: does the adapter overfit less?"""

@@ -1,0 +1,27 @@
+"""The report of a run: tables to read, plots and picture grids to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evidence import plots, tables
+from evidence.arms import BANDS
+from evidence.concepts import SPLITS
+from evidence.plan import Plan, variants
+from evidence.store import Record
+
+
+def write_report(records: Sequence[Record], plan: Plan, output: Path) -> None:
+    """Print the tables, and write them with the plots to ``output``."""
+    text = tables.report(records, plan)
+    (output / "report.md").write_text(text)
+    print(text)
+    for rank in plan.ranks:
+        plots.fronts(records, plan, rank, output / f"front-r{rank}.png")
+        arms = [v for v in variants(plan) if v[1] == rank and v[0] not in BANDS]
+        plots.over_steps(records, plan, arms, output / f"steps-r{rank}.png")
+    bands = [v for v in variants(plan) if v[0] in (*BANDS, "lora") and v[1] == plan.ranks[0]]
+    if plan.bands:
+        plots.over_steps(records, plan, bands, output / "bands.png")
+    for concept in SPLITS["test"][: plan.test]:
+        plots.grid(output / "pictures", plan, concept.name, output / f"grid-{concept.name}.png")
+    print(f"wrote {output}/report.md, plots and grids")

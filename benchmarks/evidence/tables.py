@@ -1,0 +1,152 @@
+"""The tables of a report, as Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evidence import analysis, limits
+from evidence.arms import BANDS, BASE, title
+from evidence.plan import Plan, Variant, best_settings, comparison_cells, score, variants
+from evidence.store import Record, key
+
+METRICS = {
+    "overlap": "fidelity",
+    "elsewhere_overlap": "fidelity elsewhere",
+    "identity": "identity",
+    "rmse": "RMSE",
+    "toy_embedding": "toy embedding",
+    "alignment": "alignment",
+    "right_background": "background",
+    "right_texture": "texture",
+    "right_position": "position",
+    "elsewhere_leakage": "leakage",
+    "free_leakage": "leakage, bare prompt",
+    "diversity": "diversity",
+    "similarity": "similarity",
+    "drift": "drift",
+}
+FEW_PICTURES = 48  # fewer don't determine the Gaussian that the toy FID fits (24 features)
+Names = Mapping[Any, str]  # by an analysis.Metric; a mapping of names alone must fit, too
+PAIRED: Names = {
+    **{name: METRICS[name] for name in ("overlap", "elsewhere_overlap", "alignment")},
+    score: "score",
+    **{name: METRICS[name] for name in ("elsewhere_leakage", "drift")},
+}
+BAND_NAMES = {name: METRICS[name] for name in ("overlap", "alignment", "drift", "free_leakage")}
+
+
+def name_of(variant: Variant) -> str:
+    arm, r, r_min = variant
+    ranks = f", r={r}" + (f", r_min={r_min}" if r_min else "") if r else ""
+    return title(arm) + ranks
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def tested(records: Sequence[Record], plan: Plan) -> list[Record]:
+    """The records of the plan's test trials."""
+    keys = {cell.key for cell in comparison_cells(plan, records)}
+    return [record for record in records if key(record) in keys]
+
+
+def limits_table() -> str:
+    kinds = limits.measure_limits()
+    rows = [
+        [label, *(f"{np.mean([r[metric] for r in records]):.3f}" for records in kinds.values())]
+        for metric, label in METRICS.items()
+    ]
+    return markdown(["measure", *kinds], rows)
+
+
+def means_table(
+    records: Sequence[Record], steps: dict[Variant, int], names: Names = METRICS
+) -> str:
+    """Every measure of each variant at its number of steps."""
+    has_features = any("features" in record for record in records)
+    rows = []
+    for variant, step in steps.items():
+        chosen = analysis.select(records, variant, step)
+        if not chosen:
+            continue
+        cells = [f"{analysis.mean(analysis.table(chosen, m)):.3f}" for m in names]
+        toy = _toy_scores(chosen) if has_features else []
+        rows.append([name_of(variant), str(step), *cells, *toy])
+    header = ["arm", "steps", *names.values(), *(("toy FID", "toy IS") if has_features else ())]
+    return markdown(header, rows)
+
+
+def _toy_scores(records: Sequence[Record]) -> list[str]:
+    truth = {r["concept"]: r["features"] for r in limits.measure_limits()["true pictures"]}
+    made = np.array([f for r in records for f in r["features"]])
+    if len(made) < FEW_PICTURES:
+        return ["-", "-"]
+    true = np.array([f for r in records for f in truth[r["concept"]]])
+    return [f"{analysis.toy_frechet(made, true):.2f}", f"{analysis.toy_inception(made):.2f}"]
+
+
+def intervals_table(
+    records: Sequence[Record], steps: dict[Variant, int], names: Names = PAIRED
+) -> str:
+    """The main measures with intervals."""
+    rows = []
+    for variant, step in steps.items():
+        chosen = analysis.select(records, variant, step)
+        if chosen:
+            rows.append([
+                name_of(variant),
+                *(str(analysis.bootstrap(analysis.table(chosen, m))) for m in names),
+            ])  # fmt: skip
+    return markdown(["arm", *names.values()], rows)
+
+
+def paired_table(
+    records: Sequence[Record], steps: dict[Variant, int], names: Names = PAIRED
+) -> str:
+    """T-LoRA minus every other arm of its rank, on the same concepts and seeds."""
+    rows = []
+    for target in (v for v in steps if v[0] == "tlora"):
+        ours = analysis.select(records, target, steps[target])
+        for other, step in steps.items():
+            theirs = analysis.select(records, other, step)
+            comparable = other[1] == target[1] and other[2] in (0, target[2])
+            if other == target or not comparable or not ours or not theirs:
+                continue
+            differences = [str(analysis.paired(ours, theirs, metric)) for metric in names]
+            rows.append([f"{name_of(target)} - {name_of(other)}", *differences])
+    return markdown(["difference", *names.values()], rows)
+
+
+def report(records: Sequence[Record], plan: Plan) -> str:
+    """All tables of a plan."""
+    final = max(plan.steps)
+    test = tested(records, plan)
+    equal = {(BASE, 0, 0): 0} | {v: final for v in variants(plan)}
+    planned = len(comparison_cells(plan, records))
+    concepts, seeds = {r["concept"] for r in test}, {r["seed"] for r in test}
+    parts = [
+        f"{len(concepts)} test concepts, {len(seeds)} seeds, "
+        f"{len({key(r) for r in test})} of {planned} trials, checkpoints {plan.steps}.\n",
+        "## What the measures can say\n", limits_table(),
+        f"## Equal steps ({final})\n", means_table(test, equal), intervals_table(test, equal),
+        "### T-LoRA against the others, paired\n", paired_table(test, equal),
+    ]  # fmt: skip
+    for step in sorted(plan.steps)[:-1]:
+        earlier = {v: step for v in equal if v[0] not in BANDS}
+        parts += [f"### The same after {step} steps\n", paired_table(test, earlier)]
+    settings = best_settings(records, plan) if plan.tuning else {}
+    if settings:
+        best = {(BASE, 0, 0): 0} | {v: settings[v][1] for v in variants(plan) if v in settings}
+        chosen = [[name_of(v), f"{lr:g}", str(step)] for v, (lr, step) in settings.items()]
+        parts += [
+            "## Chosen on the tuning concepts\n", markdown(["arm", "rate", "best step"], chosen),
+            "## Each arm at its best step\n", means_table(test, best), intervals_table(test, best),
+            "### T-LoRA against the others, paired\n", paired_table(test, best),
+        ]  # fmt: skip
+    if any(v[0] in BANDS for v in equal):
+        bands = {v: s for v, s in equal.items() if v[0] in (*BANDS, "lora", BASE)}
+        parts += ["## Where overfitting comes from\n", intervals_table(test, bands, BAND_NAMES)]
+    return "\n".join(parts)
