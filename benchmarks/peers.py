@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -52,9 +52,9 @@ class Adapted:
         model.requires_grad_(False)
         self.masked: list[Any] = []
         if peer == "LoRA":
-            inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=targets), model)
+            get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=targets))
         elif peer == "T-LoRA":
-            inject_adapter_in_model(TLoraConfig(r=r, lora_alpha=r, target_modules=targets), model)
+            get_peft_model(model, TLoraConfig(r=r, lora_alpha=r, target_modules=targets))
         elif peer != "base":
             self._replace(targets)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
