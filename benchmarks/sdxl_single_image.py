@@ -91,8 +91,9 @@ class Judge:
     def pretrained(cls, device: str) -> "Judge":
         from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
+        clip: Any = CLIPModel.from_pretrained(CLIP)  # its `to` is typed as a bare function
         return cls(
-            CLIPModel.from_pretrained(CLIP).to(torch.device(device)),  # type: ignore[arg-type]
+            clip.to(device),
             CLIPProcessor.from_pretrained(CLIP),
             AutoModel.from_pretrained(DINO).to(device),
             AutoImageProcessor.from_pretrained(DINO),

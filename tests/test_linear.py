@@ -168,22 +168,23 @@ def adapted(**kwargs):
     return model, model.base_model.model.proj
 
 
+def calls_of(monkeypatch, module, name):
+    """The calls of a function of a module, which go on as before."""
+    calls, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
 @pytest.fixture
 def at_once(monkeypatch):
     """The calls that compute a base layer together with its update."""
-    calls = []
-    original = variant.adapted_linear
-    monkeypatch.setattr(variant, "adapted_linear", lambda *a: calls.append(a) or original(*a))
-    return calls
+    return calls_of(monkeypatch, variant, "adapted_linear")
 
 
 @pytest.fixture
 def folded(monkeypatch):
     """The calls that add an update to a weight."""
-    calls = []
-    original = module_of_functions._updated
-    monkeypatch.setattr(module_of_functions, "_updated", lambda *a: calls.append(a) or original(*a))
-    return calls
+    return calls_of(monkeypatch, module_of_functions, "_updated")
 
 
 def results(model, x, t):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig
 
@@ -29,8 +30,8 @@ def _lora(rank: int, targets: list[str]) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
 
 
-def _tlora(rank: int, targets: list[str], **options: object) -> TLoraConfig:
-    return TLoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)  # type: ignore[arg-type]
+def _tlora(rank: int, targets: list[str], **options: Any) -> TLoraConfig:
+    return TLoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)
 
 
 def _band(title: str, low: float, high: float) -> Arm:

@@ -19,13 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 from toybox.scenes import (
     COLOURS,
-    PALETTE,
     POSITIONS,
     SHAPES,
     SIZE,
     TEXTURES,
     Scene,
-    object_mask,
+    draw_object,
     render,
     sample_scene,
 )
@@ -84,15 +83,7 @@ def example(index: int) -> tuple[Image.Image, list[int]]:
 
 def on_grey(scene: Scene) -> Image.Image:
     """The scene's object on grey."""
-    x, y = (p + d for p, d in zip(POSITIONS[scene.position], scene.offset, strict=True))
-    canvas = np.full((SIZE, SIZE, 3), GREY, np.float32)
-    layers = [(scene.shape, scene.colour, scene.size)]
-    if scene.inner:
-        layers.append((*scene.inner, scene.size * 0.5))
-    for shape, colour, size in layers:
-        mask = object_mask(shape, x, y, size)[..., None]
-        canvas = canvas * (1 - mask) + np.array(PALETTE[colour][0], np.float32) * mask
-    return Image.fromarray(canvas.round().astype(np.uint8))
+    return draw_object(np.full((SIZE, SIZE, 3), GREY, np.float32), scene)
 
 
 def as_tensor(pictures: list[Image.Image]) -> torch.Tensor:

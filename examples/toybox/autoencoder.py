@@ -1,10 +1,12 @@
 """The autoencoder's training, and the encoded pool of scenes that the denoiser learns from."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch.nn import functional as F
 
 from toybox import model
@@ -17,19 +19,18 @@ CAPTIONS = 4
 
 
 def load_pool(work: Path) -> torch.Tensor:
-    """The rendered pool as uint8, shape ``(POOL, 3, SIZE, SIZE)``; rendered on the first call."""
-    path = work / "pool.npy"
-    if not path.exists():
-        pictures = [np.asarray(render(sample_scene(SEED, i))) for i in range(POOL)]
-        np.save(path, np.stack(pictures).transpose(0, 3, 1, 2))
-    return torch.from_numpy(np.load(path))
+    """The scenes as uint8, shape ``(POOL, 3, SIZE, SIZE)``; rendered on the first call."""
+    return _rendered(work / "pool.npy", POOL, lambda i: render(sample_scene(SEED, i)))
 
 
 def load_odd_pool(work: Path) -> torch.Tensor:
     """The odd toys as uint8, shape ``(ODD, 3, SIZE, SIZE)``; rendered on the first call."""
-    path = work / "odd-pool.npy"
+    return _rendered(work / "odd-pool.npy", ODD, lambda i: render_odd(sample_odd_scene(SEED, i)))
+
+
+def _rendered(path: Path, count: int, draw: Callable[[int], Image.Image]) -> torch.Tensor:
     if not path.exists():
-        pictures = [np.asarray(render_odd(sample_odd_scene(SEED, i))) for i in range(ODD)]
+        pictures = [np.asarray(draw(i)) for i in range(count)]
         np.save(path, np.stack(pictures).transpose(0, 3, 1, 2))
     return torch.from_numpy(np.load(path))
 

@@ -185,7 +185,11 @@ def backdrop(background: str, texture: str) -> np.ndarray:
 
 def render(scene: Scene) -> Image.Image:
     """Draw the scene as a ``SIZE`` x ``SIZE`` RGB picture."""
-    canvas = backdrop(scene.background, scene.texture)
+    return draw_object(backdrop(scene.background, scene.texture), scene)
+
+
+def draw_object(canvas: np.ndarray, scene: Scene) -> Image.Image:
+    """The scene's object on a canvas, RGB in 0..255, shape ``(SIZE, SIZE, 3)``."""
     x, y = (p + d for p, d in zip(POSITIONS[scene.position], scene.offset, strict=True))
     layers = [(scene.shape, scene.colour, scene.size)]
     if scene.inner:
