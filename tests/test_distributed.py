@@ -34,8 +34,8 @@ def train_one_process(rank, store, results):
         wrapped.zero_grad()
         wrapped(X[rank : rank + 1], T[rank : rank + 1]).square().sum().backward()
     torch.save(gradients(model), f"{results}/{rank}.pt")
-    # as the last owner of the process group it would join gloo's thread while it holds the GIL, which
-    # that thread may be waiting for (torch 2.13)
+    # as the last owner of the process group it would join gloo's thread while it holds the GIL,
+    # which that thread may be waiting for (torch 2.13)
     del wrapped
     dist.destroy_process_group()
 

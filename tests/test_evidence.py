@@ -1,6 +1,7 @@
 """The single-image benchmark: its concepts, measures, arms and runner."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -292,11 +293,22 @@ def test_each_arm_is_tuned_with_the_same_budget_on_tuning_concepts():
     cells = plan.tuning_cells(plan.PLANS["full"])
     names = {concept.name for concept in SPLITS["tuning"]}
     assert {cell.concept for cell in cells} == names
-    counts = {(c.arm, c.r, c.r_min): 0 for c in cells}
-    for cell in cells:
-        counts[cell.arm, cell.r, cell.r_min] += 1
-    assert set(counts.values()) == {12}
-    assert {arm for arm, *_ in counts} == set(CORE)
+    assert Counter(cell.arm for cell in cells) == dict.fromkeys(CORE, 12)
+    assert {(c.r, c.r_min) for c in cells} == {(16, 0), (16, 8)}
+
+
+def test_the_first_rank_comes_first_and_alone_has_every_minimum():
+    full = plan.PLANS["full"]
+    tuned = [
+        {"arm": arm, "concept": TUNING[0].name, "lr": 3e-3, "step": full.steps[0],
+         "overlap": 0.5, "alignment": 0.5} for arm in CORE
+    ]  # fmt: skip
+    cells = plan.comparison_cells(full, tuned)
+    ranks = [cell.r for cell in cells if cell.arm != "base"]
+    assert ranks == sorted(ranks, key=full.ranks.index)
+    found = {(c.r, c.r_min) for c in cells if c.arm == "tlora"}
+    assert found == {(16, 8), (16, 4), (4, 2), (64, 32)}
+    assert {c.r for c in cells if c.arm in BANDS} == {16}
 
 
 def test_test_trials_take_the_rate_that_scored_best_in_tuning():
@@ -309,7 +321,7 @@ def test_test_trials_take_the_rate_that_scored_best_in_tuning():
             (TEST[0].name, 1e-2, 50, 0.9),  # a test concept must not decide
         ]
     ]  # fmt: skip
-    assert plan.best_settings(records, small) == {("lora", 16, 0): (3e-3, 50)}
+    assert plan.best_settings(records, small) == {"lora": (3e-3, 50)}
     cells = plan.comparison_cells(small, records)
     assert {cell.lr for cell in cells if cell.arm != "base"} == {3e-3}
     assert {cell.arm for cell in cells} == {"base", "lora", *BANDS}

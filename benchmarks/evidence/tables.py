@@ -7,7 +7,15 @@ import numpy as np
 
 from evidence import analysis, limits
 from evidence.arms import BANDS, BASE, title
-from evidence.plan import Plan, Variant, best_settings, comparison_cells, score, variants
+from evidence.plan import (
+    Plan,
+    Variant,
+    best_settings,
+    comparison_cells,
+    score,
+    setting_of,
+    variants,
+)
 from evidence.store import Record, key
 
 METRICS = {
@@ -139,8 +147,8 @@ def report(records: Sequence[Record], plan: Plan) -> str:
         parts += [f"### The same after {step} steps\n", paired_table(test, earlier)]
     settings = best_settings(records, plan) if plan.tuning else {}
     if settings:
-        best = {(BASE, 0, 0): 0} | {v: settings[v][1] for v in variants(plan) if v in settings}
-        chosen = [[name_of(v), f"{lr:g}", str(step)] for v, (lr, step) in settings.items()]
+        best = {(BASE, 0, 0): 0} | {v: setting_of(v[0], settings, plan)[1] for v in variants(plan)}
+        chosen = [[title(arm), f"{lr:g}", str(step)] for arm, (lr, step) in settings.items()]
         parts += [
             "## Chosen on the tuning concepts\n", markdown(["arm", "rate", "best step"], chosen),
             "## Each arm at its best step\n", means_table(test, best), intervals_table(test, best),

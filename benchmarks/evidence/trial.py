@@ -119,7 +119,7 @@ def judge(
         "diversity": diversity(free),
         "similarity": float(similarity(free, embed([given])).mean()),
         "drift": float((1 - moved).mean() / 2),
-        "features": asked.round(2).tolist(),
+        "features": asked.astype(float).round(1).tolist(),
     }
 
 
