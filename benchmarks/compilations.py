@@ -17,11 +17,10 @@ from peft_tlora import TLoraConfig
 STEPS = 30
 
 
-def count(config: LoraConfig | None, training: bool, repeated_blocks: bool) -> tuple[int, int]:
-    """Graphs compiled in the first step, and in all."""
-    torch._dynamo.reset()
+def small_unet() -> UNet2DConditionModel:
+    """A random U-Net of one block each way, the same at each call."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8,),
         layers_per_block=1,
@@ -31,6 +30,12 @@ def count(config: LoraConfig | None, training: bool, repeated_blocks: bool) -> t
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
     )
+
+
+def count(config: LoraConfig | None, training: bool, repeated_blocks: bool) -> tuple[int, int]:
+    """Graphs compiled in the first step, and in all."""
+    torch._dynamo.reset()
+    unet = small_unet()
     if config is not None:
         unet.add_adapter(config)
     counter = CompileCounter()

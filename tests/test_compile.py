@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from compilations import small_unet
 from torch._dynamo.testing import CompileCounter
 
 from peft_tlora import TLoraConfig
@@ -18,17 +18,7 @@ def _fresh():
 
 
 def adapted():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    )
+    unet = small_unet()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     unet.add_adapter(TLoraConfig(r=8, min_rank=2, lora_alpha=4, target_modules=targets))
     perturb(unet)
