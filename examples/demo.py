@@ -126,7 +126,7 @@ def sample(adapter: Path | None, prompts: list[str]) -> list[Image.Image]:
     if adapter:
         # The layers are injected in place, so the pipeline's own denoiser is now adapted.
         PeftModel.from_pretrained(pipeline.unet, str(adapter))
-    return generate(pipeline, prompts, seed=100, guidance=2.5)
+    return generate(pipeline, prompts, seed=100, guidance=1.5)
 
 
 def follow_rates(pictures: list[Image.Image], given: Image.Image) -> dict[str, float]:

@@ -9,7 +9,7 @@ from evidence.concepts import SPLITS
 from evidence.encoder import FEATURES
 from evidence.plan import PLANS, comparison_cells, tuning_cells
 
-PLAN = replace(PLANS["subset"], arms=("lora", "tlora"), test=8, seeds=3, steps=(50, 100))
+PLAN = replace(PLANS["full"], arms=("lora", "tlora"), ranks=(16,), shares=(0.5,), steps=(50, 100))
 LORA, TLORA = ("lora", 16, 0), ("tlora", 16, 8)
 
 
@@ -146,7 +146,7 @@ def test_report_and_plots_of_synthetic_results(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "measure_limits", lambda: {"true pictures": limit})
     text = tables.report(records, PLAN)
     assert "8 test concepts, 3 seeds, 144 of 144 trials" in text
-    assert "T-LoRA, r=16, r_min=8 - LoRA r, r=16" in text
+    assert text.count("T-LoRA, r=16, r_min=8 - LoRA r, r=16") == 3  # equal steps, earlier, best
     plots.fronts(records, PLAN, 16, tmp_path / "front.png")
     plots.over_steps(records, PLAN, [LORA, TLORA], tmp_path / "steps.png")
     assert {file.name for file in tmp_path.iterdir()} == {"front.png", "steps.png"}

@@ -34,27 +34,25 @@ class Plan:
     arms: tuple[str, ...] = CORE
     ranks: tuple[int, ...] = (16, 4, 64)
     shares: tuple[float, ...] = (0.5, 0.25)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     tuning: int = 4
     test: int = 8
     seeds: int = 3
-    steps: tuple[int, ...] = (50, 100, 200, 400)
+    steps: tuple[int, ...] = (25, 50, 100)
     bands: bool = True
 
 
 PLANS = {
     "full": Plan(),
-    # all arms and bands once on every test concept, untuned: a quarter of an hour on two cores
-    "subset": Plan(ranks=(16,), shares=(0.5,), rates=(3e-3,), tuning=0, seeds=1, steps=(40, 100)),
     # the arms once on as many concepts as an interval needs, untuned and without the bands
     "quick": Plan(
         ranks=(16,),
         shares=(0.5,),
-        rates=(3e-3,),
+        rates=(1e-3,),
         tuning=0,
         test=5,
         seeds=1,
-        steps=(40, 100),
+        steps=(50, 100),
         bands=False,
     ),
 }

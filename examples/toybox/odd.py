@@ -1,4 +1,4 @@
-"""Odd two-coloured toys at free places: they teach the base to draw an object it has no word for.
+"""Odd two-coloured toys: they teach the base to draw an object it has no word for.
 
 Like the scenes, everything is a pure function of ``(seed, index)``.
 """
@@ -20,7 +20,7 @@ from toybox.scenes import (
     backdrop,
 )
 
-OFFSET = 6.0  # px from the named place, in x and y
+OFFSET = 1.5  # px from the named place, in x and y
 Point = tuple[float, float]
 
 

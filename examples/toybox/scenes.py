@@ -20,10 +20,10 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TEXTURES = ("plain", "striped", "checkered", "dotted")
 POSITIONS = {
     "center": (32, 32),
-    "top left": (18, 18),
-    "top right": (46, 18),
-    "bottom left": (18, 46),
-    "bottom right": (46, 46),
+    "top left": (16, 16),
+    "top right": (48, 16),
+    "bottom left": (16, 48),
+    "bottom right": (48, 48),
 }
 # Main tone and the second tone of the textures.
 PALETTE = {
