@@ -132,7 +132,7 @@ def test_convert_takes_facts_base_and_pickles(capsys, tmp_path):
     assert code == 0
     assert "warning: 4 adapters of single blocks" in err
     families.assert_equal(read_diffusers(tmp_path / "out"), adapter)
-    path, adapter, arguments = sd_scripts(tmp_path / "sd", "sd", str)
+    path, adapter, arguments = sd_scripts(tmp_path / "sd")
     arguments["base"].save_pretrained(tmp_path / "base" / "unet")
     (tmp_path / "base" / "model_index.json").write_text("{}")
     options = ["--to", "peft", "--base", tmp_path / "base"]

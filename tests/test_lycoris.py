@@ -22,10 +22,10 @@ FACTS = TrainingFacts(
 LAYERS = r".*\.attn.*\.(to_q|to_k|to_v|to_out\.0)"
 
 
-def trained(folder, family="sd3", sig_type="principal", prefix="lycoris_", random=False):
+def trained(folder, family="sd3", sig_type="principal", prefix="lycoris_", random=False, **fields):
     """An adapter as LyCORIS trains it, its file and its base."""
     choices = {"ortho_init": sig_type, "ortho_source": "random" if random else "weight"}
-    adapter = families.adapter(family, LAYERS, r=4, min_rank=2, lora_alpha=3, **choices)
+    adapter = families.adapter(family, LAYERS, r=4, min_rank=2, lora_alpha=3, **choices, **fields)
     layers = {}
     for name, layer in adapter.layers.items():  # closer to the start than what perturb does
         q, p, lam, q0, p0, lam0 = layer.factors
