@@ -12,10 +12,11 @@ from peft_tlora import load_tlora_weights
 from peft_tlora.formats import files
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.files import open_checkpoint, read_json, read_yaml, write_tensors
-from peft_tlora.formats.own import read_diffusers, write_diffusers
+from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
 
 from . import foreign
+from .conftest import crash_after, crash_while_moving
 from .tiny import families, pipelines
 
 ROOT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -140,15 +141,45 @@ def test_a_tensor_that_claims_more_than_the_file_holds_raises(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_old_file_alone(file, monkeypatch):
     before = file.read_bytes()
-
-    def crash(*args):
-        raise RuntimeError("power cut")
-
-    monkeypatch.setattr(files.os, "fsync", crash)
+    crash_after(monkeypatch, 0)
     with pytest.raises(RuntimeError, match="power cut"):
         write_tensors(file, {"a": torch.zeros(3)})
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_crash_while_a_peft_folder_is_written_leaves_the_old_one_alone(
+    tmp_path, monkeypatch, written
+):
+    """Config and weights were once replaced one after the other: a new config with old weights."""
+    folder = write_peft(families.adapter("sd", ["to_q"]), tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    crash_after(monkeypatch, written)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_peft(families.adapter("sd", ["to_k"], lora_alpha=9), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_crash_while_a_peft_folder_is_replaced_leaves_no_config_of_other_weights(
+    tmp_path, monkeypatch, name
+):
+    """PEFT would load old weights with the config of new ones without an error."""
+    old, new = families.adapter("sd", ["to_q"]), families.adapter("sd", ["to_q"], lora_alpha=9)
+    folder = write_peft(old, tmp_path)
+    crash_while_moving(monkeypatch, name)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_peft(new, folder)
+    assert [path.name for path in folder.iterdir()] == ["adapter_model.safetensors"]
+    families.assert_equal(read_peft(folder), old if "model" in name else new)
+
+
+def test_a_folder_that_a_failed_export_made_is_gone(tmp_path, monkeypatch):
+    crash_after(monkeypatch, 0)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_peft(families.adapter("sd", ["to_q"]), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_base_is_refused_before_the_model_changes_raises(file):
