@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from peft_tlora import load_tlora_weights
+from peft_tlora import TLoraConfig, load_tlora_weights
 from peft_tlora.formats import files
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.files import open_checkpoint, read_json, read_yaml, write_tensors
@@ -202,6 +204,32 @@ def test_diffusers_own_loader_refuses_another_base_before_the_model_changes_rais
     with pytest.raises(ValueError, match=r"doesn't fit: .*Is it for another base model"):
         pipe.load_lora_weights(str(path))
     assert not any("lora" in name for name, _ in pipe.unet.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("change", ["width", "depth"])
+def test_diffusers_own_loader_refuses_another_text_encoder_before_it_changes_raises(
+    tmp_path, change
+):
+    """Of a deeper one it used to load what fits, and of a wider one to leave layers behind."""
+    pipe = pipelines.stable_diffusion()
+    fitting = text_encoder_file(tmp_path, pipelines.text_encoder())
+    pipe.load_lora_weights(fitting, adapter_name="fits")
+    before = {name for name, _ in pipe.text_encoder.named_modules()}
+    sizes = {"width": {"hidden_size": 24}, "depth": {"num_hidden_layers": 3}}[change]
+    other = text_encoder_file(tmp_path / "other", pipelines.text_encoder(**sizes))
+    with pytest.raises(ValueError, match=r"doesn't fit: .*Is it for another base model"):
+        pipe.load_lora_weights(other, adapter_name="other")
+    assert {name for name, _ in pipe.text_encoder.named_modules()} == before
+    assert pipe.text_encoder.peft_config.keys() == {"fits"}
+    pipe.load_lora_weights(fitting, adapter_name="other")  # the name is free
+
+
+def text_encoder_file(folder, model):
+    config = TLoraConfig(r=4, target_modules=["q_proj"], rank_schedule="constant")
+    inject_adapter_in_model(config, model, adapter_name="toy")
+    adapter = replace(families.adapter_of(model), component="text_encoder")
+    return str(write_diffusers(adapter, folder / "text_encoder.safetensors"))
 
 
 def test_tensors_that_no_model_of_the_pipeline_takes_are_counted(tmp_path):
