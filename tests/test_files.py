@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_tlora import TLoraConfig, load_tlora_weights
 from peft_tlora.formats import files
+from peft_tlora.formats.base import load_base
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.files import open_checkpoint, read_json, read_yaml, write_tensors
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
@@ -19,6 +20,7 @@ from peft_tlora.formats.reading import read_adapter
 
 from . import foreign
 from .conftest import crash_after, crash_while_moving
+from .test_formats import METADATA, official_sdxl, sd_scripts
 from .tiny import families, pipelines
 
 ROOT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -113,6 +115,28 @@ def test_texts_that_are_none_raises(tmp_path, suffix, read, content, message):
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read(path)
+
+
+def test_a_base_is_read_from_safetensors_alone_raises(tmp_path):
+    """diffusers would go on to a pickle where there are none."""
+    families.model("sd").save_pretrained(tmp_path, safe_serialization=False)
+    assert [path.suffix for path in tmp_path.glob("diffusion*")] == [".bin"]
+    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+        load_base(tmp_path, weights=True)
+    assert load_base(tmp_path, weights=False).device.type == "meta"
+
+
+def test_values_of_another_kind_than_they_should_be_raises(tmp_path):
+    path, _, _ = official_sdxl(tmp_path / "a")
+    hparams = tmp_path / "a" / "logs" / "hparams.yml"
+    hparams.write_text("trainer_class: [sdxl_tlora]")
+    with pytest.raises(ValueError, match=r"has trainer_class \['sdxl_tlora'\]"):
+        read_adapter(path)
+    path, adapter, arguments = sd_scripts(tmp_path)
+    tensors = foreign.sd_scripts(adapter)
+    tensors[next(name for name in tensors if name.endswith(".alpha"))] = torch.zeros(0)
+    with pytest.raises(ValueError, match=r"has an alpha of shape \(0,\), not a number"):
+        read_adapter(foreign.save(path, tensors, METADATA), **arguments)
 
 
 class Bomb:

@@ -17,6 +17,7 @@ from .plain import plain_lora
 from .sampling import Sampling, sampling_of
 from .workflow import workflow
 
+_MOST = 1000
 _BANDS, _WORKFLOW = "bands.json", "workflow.json"
 
 
@@ -46,10 +47,10 @@ def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
         count: The number of bands; 1 for a constant schedule, whose mask never changes.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If it is below 1, or above any use.
     """
-    if count < 1:
-        raise ValueError(f"The number of bands must be at least 1, got {count}.")
+    if not 1 <= count <= _MOST:
+        raise ValueError(f"The number of bands must lie in [1, {_MOST}], got {count}.")
     if schedule.kind == "constant":
         return [Band((1.0, 0.0), 0.0)]
     edges = [_noise_at(schedule, i / count) for i in range(count + 1)]
@@ -60,7 +61,7 @@ def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
 def timestep_at(schedule: RankSchedule, noise: float) -> float:
     """The timestep of a noise, in the unit of the model."""
     if schedule.timestep_type == "log_sigma":
-        inside = min(max(noise, 1e-7), 1 - 1e-7)
+        inside = min(max(noise, 2e-7), 1 - 2e-7)
         return math.log(inside / (1 - inside)) / 4
     share = 1 - noise if schedule.timestep_reversed else noise
     return share * schedule.num_train_timesteps
