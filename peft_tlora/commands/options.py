@@ -22,7 +22,7 @@ def add_schedule(parser: argparse._ActionsContainer) -> None:
     add("--min-rank", type=rank, help="an int is a rank, a float a fraction of r")
     add("--rank-schedule", choices=RANK_SCHEDULES)
     add("--schedule-exponent", type=float, help="the paper's alpha")
-    add("--num-train-timesteps", type=float, help="the timestep of pure noise")
+    add("--num-train-timesteps", type=float, help="the timestep of pure noise, as the model counts")
 
 
 def add_direction(parser: argparse._ActionsContainer) -> None:
@@ -31,9 +31,11 @@ def add_direction(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--timestep-type", choices=TIMESTEP_TYPES)
 
 
-def add_facts(parser: argparse.ArgumentParser) -> None:
+def add_facts(
+    parser: argparse.ArgumentParser, title: str = "what the file may not say about its training"
+) -> None:
     """What a file may not say, and the base model that some need."""
-    group = parser.add_argument_group("what a file may not say about its training")
+    group = parser.add_argument_group(title)
     add_schedule(group)
     group.add_argument("--sig-type", choices=["principal", "last", "middle"])
     group.add_argument("--boundary-timestep", type=int, help="Takenoko's tlora_boundary_timestep")

@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--shift", type=float, help="of a flow-matching scheduler")
     option("--plot", metavar="FILE.png", help="draw it, too")
     option("--json", action="store_true", help="for a program")
-    add_facts(parser)
+    add_facts(parser, "the schedule, or what the adapter's file may not say about it")
 
 
 def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
