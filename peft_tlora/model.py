@@ -16,7 +16,7 @@ from .denoisers import Denoiser, find_denoiser
 from .dispatch import as_tlora_layer
 from .hooks import connect, disconnect
 from .initialization import add_tlora
-from .integrations.diffusers import refuse_hotswap_preparation
+from .integrations.diffusers import refuse_hotswap_preparation, refuse_other_base
 from .layer import TLoraLayer
 from .orthogonal import derive_seed
 from .ranks import Layer
@@ -47,8 +47,13 @@ class TLoraModel(LoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Add an adapter to a model and connect its layers with the model's timestep."""
-        refuse_hotswap_preparation(model)
         config = self.peft_config[adapter_name]
+        try:
+            refuse_hotswap_preparation(model)
+            refuse_other_base(config, model)
+        except ValueError:
+            del self.peft_config[adapter_name]  # PEFT put it there before
+            raise
         seed = getattr(config, "init_seed", None)
         self._base_seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._oversized: list[str] = []

@@ -38,7 +38,7 @@ def load_scheduler(source: str | os.PathLike[str], shift: float | None = None) -
             depends on the size of the picture.
 
     Raises:
-        ValueError: If diffusers has no such scheduler, or it has no such shift.
+        ValueError: If diffusers has no such scheduler, or it has no such shift or can't have any.
     """
     folder, config = Path(source), {"_class_name": str(source)}
     if folder.is_dir():
@@ -49,6 +49,8 @@ def load_scheduler(source: str | os.PathLike[str], shift: float | None = None) -
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(f"{source} is no scheduler of diffusers, nor a folder with one.")
     scheduler: Any = cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+    if shift is not None and not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift must be a finite number above 0, got {shift}.")
     if shift is None:
         if scheduler.config.get("use_dynamic_shifting"):
             raise ValueError(

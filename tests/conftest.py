@@ -1,4 +1,6 @@
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,30 @@ def perturb(model: nn.Module, scale: float = 0.3, seed: int = 1) -> None:
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += (scale * noise).to(parameter.device, parameter.dtype)
+
+
+def crash_after(monkeypatch, written):
+    """Let the program end after it has written a number of files."""
+    fsync, left = os.fsync, iter(range(written))
+
+    def crash(handle):
+        if next(left, None) is None:
+            raise RuntimeError("power cut")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", crash)
+
+
+def crash_while_moving(monkeypatch, name):
+    """Let the program end before a file takes the place of an old one of that name."""
+    replace = Path.replace
+
+    def crash(path, target):
+        if path.name == name == Path(target).name:
+            raise RuntimeError("power cut")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
 
 
 def first_layer(model):

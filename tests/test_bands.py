@@ -12,6 +12,7 @@ from peft_tlora.formats.bands import split_bands, timestep_at, write_bands
 from peft_tlora.formats.sampling import BetaSampling, EDMSampling, FlowSampling
 from peft_tlora.schedule import RankSchedule
 
+from .conftest import crash_after, crash_while_moving
 from .tiny import families
 
 SCHEDULES = {
@@ -52,7 +53,7 @@ def test_fewer_bands_cover_all_noises_and_are_off_by_half_a_band_at_most(count):
 
 def test_a_constant_schedule_needs_one_band_and_none_raises():
     assert len(split_bands(RankSchedule(16, 8, kind="constant"), 5)) == 1
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"lie in \[1, 1000\], got 0"):
         split_bands(SCHEDULES["power"], 0)
 
 
@@ -126,6 +127,49 @@ def test_where_the_sampling_cannot_be_told_there_are_timesteps_only(tmp_path):
     assert content["sampling"] is None
     assert all({"percent", "sigma"}.isdisjoint(band) for band in content["bands"])
     assert not (tmp_path / "workflow.json").exists()
+
+
+def test_band_files_of_an_earlier_export_with_more_bands_are_removed_and_nothing_else(tmp_path):
+    folder = tmp_path / "bands"
+    adapter = families.adapter("sd", ["to_q"])
+    write_bands(adapter, folder, count=4, family="sd")
+    content = json.loads((folder / "bands.json").read_text())
+    content["bands"] += [{"file": name} for name in ("../other.safetensors", "own.safetensors")]
+    (folder / "bands.json").write_text(json.dumps(content))
+    kept = [folder / "own.safetensors", folder / "band_99.safetensors"]
+    kept.append(tmp_path / "other.safetensors")
+    for path in kept:
+        path.write_text("the user's")
+    write_bands(adapter, folder, count=2, family="sd")
+    assert sorted(path.name for path in folder.glob("band_*")) == [
+        "band_00.safetensors",
+        "band_01.safetensors",
+        "band_99.safetensors",
+    ]
+    assert all(path.exists() for path in kept)
+    (folder / "bands.json").write_text("[" * 100_000)
+    write_bands(adapter, folder, count=1, family="sd")
+    assert (folder / "band_01.safetensors").exists()  # no list says that it is an earlier export's
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_crash_while_bands_are_written_leaves_the_old_ones_alone(tmp_path, monkeypatch, written):
+    write_bands(families.adapter("sd", ["to_q"]), tmp_path, count=3, family="sd")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    crash_after(monkeypatch, written)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_bands(families.adapter("sd", ["to_k"]), tmp_path, count=3, family="sd")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_crash_while_bands_take_their_places_leaves_no_list_of_a_mixture(tmp_path, monkeypatch):
+    write_bands(families.adapter("sd", ["to_q"]), tmp_path, count=3, family="sd")
+    crash_while_moving(monkeypatch, "band_01.safetensors")
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_bands(families.adapter("sd", ["to_k"]), tmp_path, count=3, family="sd")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"band_0{i}.safetensors" for i in range(3)
+    }
 
 
 def test_the_files_are_the_masks_and_the_tables_name_them(tmp_path):

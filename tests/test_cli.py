@@ -108,6 +108,12 @@ def test_inspect_of_a_layer_that_is_not_finite_says_so(capsys, file):
     save_file(tensors, file)
     report = json.loads(run(capsys, "inspect", file, "--json")[1])
     assert [layer["finite"] for layer in report["layers"].values()].count(False) == 1
+    assert "warning: 1 layers have values that aren't finite" in run(capsys, "inspect", file)[2]
+    for options in ([], ["--rank", 2]):
+        code, _, err = run(capsys, "convert", file, file.parent / "out", "--to", "lora", *options)
+        assert code == 1
+        assert "error: Layer " in err
+        assert "has values that are not finite" in err
 
 
 def test_convert_there_and_back_keeps_every_bit(capsys, tmp_path, file):
@@ -132,7 +138,7 @@ def test_convert_takes_facts_base_and_pickles(capsys, tmp_path):
     assert code == 0
     assert "warning: 4 adapters of single blocks" in err
     families.assert_equal(read_diffusers(tmp_path / "out"), adapter)
-    path, adapter, arguments = sd_scripts(tmp_path / "sd", "sd", str)
+    path, adapter, arguments = sd_scripts(tmp_path / "sd")
     arguments["base"].save_pretrained(tmp_path / "base" / "unet")
     (tmp_path / "base" / "model_index.json").write_text("{}")
     options = ["--to", "peft", "--base", tmp_path / "base"]
@@ -159,6 +165,23 @@ def test_convert_to_bands_writes_the_files_and_the_tables(capsys, tmp_path, file
     assert names == {"band_00.safetensors", "band_01.safetensors", "bands.json", "workflow.json"}
 
 
+def test_convert_says_how_many_bands_a_constant_schedule_has(capsys, tmp_path):
+    adapter = families.adapter("sd", ["to_q"], rank_schedule="constant")
+    file = write_diffusers(adapter, tmp_path / "a.safetensors")
+    options = ["--to", "lora", "--bands", 4, "--json"]
+    _, out, _ = run(capsys, "convert", file, tmp_path / "bands", *options)
+    assert json.loads(out)["bands"] == 1
+
+
+@pytest.mark.parametrize("place", ["pytorch_lora_weights.safetensors", "."])
+def test_plain_lora_does_not_replace_the_file_that_it_is_made_of_raises(capsys, tmp_path, place):
+    write_diffusers(families.adapter("sd", ["to_q"]), tmp_path)
+    code, _, err = run(capsys, "convert", tmp_path, tmp_path / place, "--to", "lora")
+    assert code == 2
+    assert "would replace the T-LoRA file" in err
+    assert read_diffusers(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -166,7 +189,10 @@ def test_convert_to_bands_writes_the_files_and_the_tables(capsys, tmp_path, file
         (["--to", "lora", "--bands", "2", "--rank", "4"], 2, "--bands chooses"),
         (["--to", "lora", "--shift", "2"], 2, "--shift is for --bands"),
         (["--to", "nonsense"], 2, "invalid choice"),
-        (["--to", "peft", "--min-rank", "3"], 1, "has no use for it"),
+        (["--to", "peft", "--min-rank", "3"], 1, "min_rank was given, but a.safetensors is of the"),
+        (["--to", "lora", "--timestep", "nan"], 1, "timestep must lie in the range"),
+        (["--to", "lora", "--timestep", "5000"], 1, "timestep must lie in the range"),
+        (["--to", "lora", "--bands", "1001"], 1, "must lie in [1, 1000], got 1001"),
         (["--to", "lora", "--rank", "0"], 1, "rank must be at least 1"),
         (["--to", "peft", "--base", "nowhere"], 1, "There is no file nowhere"),
     ],
@@ -239,9 +265,26 @@ def test_schedule_reads_an_adapter_and_the_folder_of_a_pipeline_and_draws(capsys
         assert len(set(image.convert("RGB").get_flattened_data())) > 3
 
 
+def test_schedule_takes_what_another_trainers_file_needs(capsys, tmp_path):
+    """It used to ask for options that it didn't have."""
+    path, _, _ = official_flux(tmp_path)
+    options = ["--allow-pickle", "--min-rank", 2, "--rank-schedule", "power"]
+    code, out, _ = run(capsys, "schedule", "--adapter", path, *options)
+    assert code == 0
+    assert out.startswith("rank 2 to 6 of ")
+    path, _, arguments = sd_scripts(tmp_path)
+    arguments["base"].save_pretrained(tmp_path / "base")
+    code, out, _ = run(capsys, "schedule", "--adapter", path, "--base", tmp_path / "base")
+    assert code == 0
+    assert "num_train_timesteps=1000" in out
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
+        (["--base", "models"], 2, "options of a file need --adapter"),
+        (["--adapter", "a", "--rank", "3"], 2, "leave the other fields out"),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler", "--shift", "0"], 1, "above 0, got 0"),
         (["--min-rank", "99"], 2, "min_rank=99"),
         (["--steps", "3"], 2, "need a --scheduler"),
         (["--scheduler", "Nothing"], 1, "is no scheduler of diffusers"),

@@ -1,14 +1,21 @@
 """The documentation runs, and it names what is exported."""
 
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import peft_tlora
 from peft_tlora import denoisers, formats
+from peft_tlora.cli import main
 from peft_tlora.denoisers import DENOISERS, Denoiser
+
+from . import test_formats as trainers
+from .test_lycoris import trained as lycoris
+from .tiny import families
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +39,26 @@ def test_a_block_of_the_documentation_runs(block, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_commands_between_formats_run_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for family in ("sdxl", "flux", "wan"):
+        families.model(family).save_pretrained(f"models/{family}")
+    FlowMatchEulerDiscreteScheduler().save_pretrained("models/flux/scheduler")
+    trainers.official_sdxl(Path("out/checkpoint-800"))
+    path, _, _ = trainers.official_flux(Path("out/checkpoint-500"))
+    (path.parent / "logs").mkdir()
+    (path.parent / "logs" / "hparams.yml").write_text("tlora: true\nmin_rank: 2\n")
+    trainers.sd_scripts(Path("a"), "sdxl")[0].rename("toy.safetensors")
+    trainers.takenoko(Path("b"))[0].rename("wan.safetensors")
+    lycoris(Path("c"), "sdxl", num_train_timesteps=1000)[0].rename("lycoris.safetensors")
+    page = (ROOT / "docs" / "interoperability.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    peft-tlora (.*)", page, re.M)
+    assert len(commands) > 10
+    for command in commands:  # the tiny files have 6 ranks at most
+        assert main(shlex.split(command.replace("--min-rank 8", "--min-rank 2"))) == 0, command
+    assert Path("schedule.png").exists()
 
 
 def test_every_public_name_is_documented():

@@ -3,19 +3,24 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from peft_tlora import load_tlora_weights
+from peft_tlora import TLoraConfig, load_tlora_weights
 from peft_tlora.formats import files
+from peft_tlora.formats.base import load_base
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.files import open_checkpoint, read_json, read_yaml, write_tensors
-from peft_tlora.formats.own import read_diffusers, write_diffusers
+from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
 
 from . import foreign
+from .conftest import crash_after, crash_while_moving
+from .test_formats import METADATA, official_sdxl, sd_scripts
 from .tiny import families, pipelines
 
 ROOT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -112,6 +117,28 @@ def test_texts_that_are_none_raises(tmp_path, suffix, read, content, message):
         read(path)
 
 
+def test_a_base_is_read_from_safetensors_alone_raises(tmp_path):
+    """diffusers would go on to a pickle where there are none."""
+    families.model("sd").save_pretrained(tmp_path, safe_serialization=False)
+    assert [path.suffix for path in tmp_path.glob("diffusion*")] == [".bin"]
+    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+        load_base(tmp_path, weights=True)
+    assert load_base(tmp_path, weights=False).device.type == "meta"
+
+
+def test_values_of_another_kind_than_they_should_be_raises(tmp_path):
+    path, _, _ = official_sdxl(tmp_path / "a")
+    hparams = tmp_path / "a" / "logs" / "hparams.yml"
+    hparams.write_text("trainer_class: [sdxl_tlora]")
+    with pytest.raises(ValueError, match=r"has trainer_class \['sdxl_tlora'\]"):
+        read_adapter(path)
+    path, adapter, arguments = sd_scripts(tmp_path)
+    tensors = foreign.sd_scripts(adapter)
+    tensors[next(name for name in tensors if name.endswith(".alpha"))] = torch.zeros(0)
+    with pytest.raises(ValueError, match=r"has an alpha of shape \(0,\), not a number"):
+        read_adapter(foreign.save(path, tensors, METADATA), **arguments)
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
@@ -140,15 +167,45 @@ def test_a_tensor_that_claims_more_than_the_file_holds_raises(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_old_file_alone(file, monkeypatch):
     before = file.read_bytes()
-
-    def crash(*args):
-        raise RuntimeError("power cut")
-
-    monkeypatch.setattr(files.os, "fsync", crash)
+    crash_after(monkeypatch, 0)
     with pytest.raises(RuntimeError, match="power cut"):
         write_tensors(file, {"a": torch.zeros(3)})
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_crash_while_a_peft_folder_is_written_leaves_the_old_one_alone(
+    tmp_path, monkeypatch, written
+):
+    """Config and weights were once replaced one after the other: a new config with old weights."""
+    folder = write_peft(families.adapter("sd", ["to_q"]), tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    crash_after(monkeypatch, written)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_peft(families.adapter("sd", ["to_k"], lora_alpha=9), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_crash_while_a_peft_folder_is_replaced_leaves_no_config_of_other_weights(
+    tmp_path, monkeypatch, name
+):
+    """PEFT would load old weights with the config of new ones without an error."""
+    old, new = families.adapter("sd", ["to_q"]), families.adapter("sd", ["to_q"], lora_alpha=9)
+    folder = write_peft(old, tmp_path)
+    crash_while_moving(monkeypatch, name)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_peft(new, folder)
+    assert [path.name for path in folder.iterdir()] == ["adapter_model.safetensors"]
+    families.assert_equal(read_peft(folder), old if "model" in name else new)
+
+
+def test_a_folder_that_a_failed_export_made_is_gone(tmp_path, monkeypatch):
+    crash_after(monkeypatch, 0)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_peft(families.adapter("sd", ["to_q"]), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_base_is_refused_before_the_model_changes_raises(file):
@@ -171,6 +228,32 @@ def test_diffusers_own_loader_refuses_another_base_before_the_model_changes_rais
     with pytest.raises(ValueError, match=r"doesn't fit: .*Is it for another base model"):
         pipe.load_lora_weights(str(path))
     assert not any("lora" in name for name, _ in pipe.unet.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("change", ["width", "depth"])
+def test_diffusers_own_loader_refuses_another_text_encoder_before_it_changes_raises(
+    tmp_path, change
+):
+    """Of a deeper one it used to load what fits, and of a wider one to leave layers behind."""
+    pipe = pipelines.stable_diffusion()
+    fitting = text_encoder_file(tmp_path, pipelines.text_encoder())
+    pipe.load_lora_weights(fitting, adapter_name="fits")
+    before = {name for name, _ in pipe.text_encoder.named_modules()}
+    sizes = {"width": {"hidden_size": 24}, "depth": {"num_hidden_layers": 3}}[change]
+    other = text_encoder_file(tmp_path / "other", pipelines.text_encoder(**sizes))
+    with pytest.raises(ValueError, match=r"doesn't fit: .*Is it for another base model"):
+        pipe.load_lora_weights(other, adapter_name="other")
+    assert {name for name, _ in pipe.text_encoder.named_modules()} == before
+    assert pipe.text_encoder.peft_config.keys() == {"fits"}
+    pipe.load_lora_weights(fitting, adapter_name="other")  # the name is free
+
+
+def text_encoder_file(folder, model):
+    config = TLoraConfig(r=4, target_modules=["q_proj"], rank_schedule="constant")
+    inject_adapter_in_model(config, model, adapter_name="toy")
+    adapter = replace(families.adapter_of(model), component="text_encoder")
+    return str(write_diffusers(adapter, folder / "text_encoder.safetensors"))
 
 
 def test_tensors_that_no_model_of_the_pipeline_takes_are_counted(tmp_path):

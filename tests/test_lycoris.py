@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peft_tlora.denoisers import DENOISERS, Denoiser
 from peft_tlora.formats.facts import TrainingFacts
+from peft_tlora.formats.inspection import inspect_file
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
 from peft_tlora.formats.trainers import read_lycoris
@@ -22,10 +24,10 @@ FACTS = TrainingFacts(
 LAYERS = r".*\.attn.*\.(to_q|to_k|to_v|to_out\.0)"
 
 
-def trained(folder, family="sd3", sig_type="principal", prefix="lycoris_", random=False):
+def trained(folder, family="sd3", sig_type="principal", prefix="lycoris_", random=False, **fields):
     """An adapter as LyCORIS trains it, its file and its base."""
     choices = {"ortho_init": sig_type, "ortho_source": "random" if random else "weight"}
-    adapter = families.adapter(family, LAYERS, r=4, min_rank=2, lora_alpha=3, **choices)
+    adapter = families.adapter(family, LAYERS, r=4, min_rank=2, lora_alpha=3, **choices, **fields)
     layers = {}
     for name, layer in adapter.layers.items():  # closer to the start than what perturb does
         q, p, lam, q0, p0, lam0 = layer.factors
@@ -97,6 +99,23 @@ def test_factors_that_started_somewhere_else_raises(tmp_path, change):
     base, facts = change(path, base)
     with pytest.raises(ValueError, match=r"agree to 0\.\d\d only with the recomputed start"):
         read_lycoris(path, base=base, facts=TrainingFacts(**{**vars(FACTS), **facts}))
+
+
+def test_a_timestep_of_pure_noise_that_the_base_never_sees_raises(tmp_path):
+    """1000 steps of training are 1 for FLUX's forward; with 1000 no rank would ever be masked."""
+    path, _, base = trained(tmp_path, "flux", num_train_timesteps=1)
+    with pytest.raises(ValueError, match=r"=1000 is not in the unit of Flux.*: pass 1 "):
+        read_lycoris(path, base=base, facts=FACTS)
+    report = inspect_file(path, base=base, facts=TrainingFacts(sig_type="principal"))
+    assert report["schedule"] is None
+    assert report["ranks"] == {4: 7}
+
+
+def test_a_base_that_counts_its_time_backwards_gets_such_a_schedule(tmp_path, monkeypatch):
+    path, _, base = trained(tmp_path)
+    monkeypatch.setitem(DENOISERS, type(base).__name__, Denoiser(timestep_reversed=True))
+    layers = read_lycoris(path, base=base, facts=FACTS).layers.values()
+    assert {layer.schedule.active_rank(0) for layer in layers} == {2}
 
 
 def test_a_random_start_is_lost_raises(tmp_path):

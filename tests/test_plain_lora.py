@@ -22,7 +22,7 @@ PIPELINES = {
 WRITERS = {"lora": lambda lora, path, family: write_lora(lora, path)}
 WRITERS |= {"kohya": write_kohya, "comfyui": write_comfyui}
 MIDDLE = {"flux": 0.5}  # a timestep in the model's unit with some of the ranks active
-# diffusers reads no SD3 with kohya's names, which is checked below by hand
+# diffusers reads no SD3 with kohya's names; test_format_matrix.py has it
 READABLE = [
     (family, name)
     for family in families.FAMILIES
@@ -30,7 +30,7 @@ READABLE = [
     if (family, name) != ("sd3", "kohya")
 ]
 
-# diffusers takes the single blocks of kohya's FLUX for 3072 wide; they are checked by hand, too
+# diffusers takes the single blocks of kohya's FLUX for 3072 wide
 LAYERS = {
     ("flux", "kohya"): r"transformer_blocks\..*\.(attn\.(to_.|to_out\.0|add_._proj)|norm1\.linear)"
 }
@@ -75,15 +75,12 @@ def expected_deltas(adapter, t):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("ortho", ["last", None])
 @pytest.mark.parametrize(("family", "names"), READABLE)
-def test_diffusers_loads_each_file_and_makes_the_masked_update_of_it(
-    tmp_path, family, names, ortho
-):
-    adapter = families.adapter(family, LAYERS.get((family, names)), ortho_init=ortho)
+def test_diffusers_loads_each_file_and_makes_the_masked_update_of_it(tmp_path, family, names):
+    adapter = families.adapter(family, LAYERS.get((family, names)), ortho_init="last")
     t = MIDDLE.get(family, 500)
     lora = plain_lora(adapter, timestep=t)
-    assert {len(down) for down, _ in lora.layers.values()} == {4 if ortho is None else 8}
+    assert {len(down) for down, _ in lora.layers.values()} == {8}
     path = WRITERS[names](lora, tmp_path / "plain.safetensors", family=family)
     found = loaded_deltas(family, path)
     expected = expected_deltas(adapter, t)
@@ -92,37 +89,8 @@ def test_diffusers_loads_each_file_and_makes_the_masked_update_of_it(
         torch.testing.assert_close(found[name].double(), delta, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_kohyas_sd3_puts_queries_keys_and_values_into_one_layer(tmp_path):
-    adapter = families.adapter("sd3")
-    path = write_kohya(plain_lora(adapter, timestep=500), tmp_path / "a.safetensors", family="sd3")
-    tensors, expected = load_file(path), expected_deltas(adapter, 500)
-    for block, names in (("x_block", "to_{}"), ("context_block", "add_{}_proj")):
-        key = f"lora_unet_joint_blocks_1_{block}_attn_qkv"
-        scale = tensors[f"{key}.alpha"] / len(tensors[f"{key}.lora_down.weight"])
-        delta = tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"] * scale
-        parts = [expected[f"transformer_blocks.1.attn.{names.format(x)}"] for x in "qkv"]
-        torch.testing.assert_close(delta.double(), torch.cat(parts), atol=1e-6, rtol=1e-5)
-
-
-def test_flux_names_of_comfyui_and_kohya_are_those_that_the_programs_know(tmp_path):
-    lora = plain_lora(families.adapter("flux"))
-    names = set(load_file(write_comfyui(lora, tmp_path / "c.safetensors", family="flux")))
-    assert "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight" in names
-    names = set(load_file(write_kohya(lora, tmp_path / "k.safetensors", family="flux")))
-    assert "lora_unet_single_blocks_0_linear1.lora_down.weight" in names
-    assert "lora_unet_double_blocks_0_txt_attn_qkv.alpha" in names
-
-
-def test_wan_names_of_comfyui_are_the_original_ones(tmp_path):
-    lora = plain_lora(families.adapter("wan"))
-    names = set(load_file(write_comfyui(lora, tmp_path / "c.safetensors", family="wan")))
-    assert "diffusion_model.blocks.0.cross_attn.o.lora_B.weight" in names
-
-
-@pytest.mark.parametrize("parts", [("to_q", "to_v"), ("to_q", "to_k", "to_v", "proj_mlp")])
-def test_kohyas_flux_has_one_layer_for_four_and_leaves_rows_without_an_adapter_alone(
-    tmp_path, parts
-):
+def test_kohyas_flux_has_one_layer_for_four_and_leaves_rows_without_an_adapter_alone(tmp_path):
+    parts = ("to_q", "to_v")
     adapter = families.adapter("flux", rf"single_transformer_blocks.*\.({'|'.join(parts)})")
     path = write_kohya(plain_lora(adapter), tmp_path / "k.safetensors", family="flux")
     tensors, expected = load_file(path), expected_deltas(adapter, 0.0)
@@ -130,16 +98,10 @@ def test_kohyas_flux_has_one_layer_for_four_and_leaves_rows_without_an_adapter_a
     delta = (tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]).double()
     size = len(expected["single_transformer_blocks.0.attn.to_q"])
     assert len(delta) == 7 * size
-    rows = dict(
-        zip(("to_q", "to_k", "to_v", "proj_mlp"), delta.split([size] * 3 + [4 * size]), strict=True)
-    )
-    for name, found in rows.items():
-        block = "single_transformer_blocks.0" + ("" if name == "proj_mlp" else ".attn")
-        if name in parts:
-            wanted = expected[f"{block}.{name}"]
-            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
-        else:
-            assert not found.any()
+    for name, rows in zip(("to_q", "to_k", "to_v"), delta.split(size), strict=False):
+        wanted = expected.get(f"single_transformer_blocks.0.attn.{name}", torch.zeros_like(rows))
+        torch.testing.assert_close(rows, wanted, atol=1e-6, rtol=1e-5)
+    assert not delta[3 * size :].any()
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7, 20])

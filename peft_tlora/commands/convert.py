@@ -9,14 +9,13 @@ import torch
 
 from ..formats.adapter import Adapter
 from ..formats.bands import write_bands
-from ..formats.base import load_base
 from ..formats.families import FAMILIES, family_of
-from ..formats.files import open_checkpoint
+from ..formats.files import open_checkpoint, read_json
 from ..formats.lora import LORA_WRITERS
-from ..formats.own import write_diffusers, write_peft
+from ..formats.own import as_file, write_diffusers, write_peft
 from ..formats.plain import plain_lora
-from ..formats.reading import FORMATS, format_of, read_adapter
-from .options import add_facts, facts_of, warn
+from ..formats.reading import FORMATS
+from .options import adapter_of, add_facts, warn
 
 HELP = "write a T-LoRA file in another format"
 _OWN = {"peft": write_peft, "diffusers": write_diffusers}
@@ -37,7 +36,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("destination", help="the file or folder to write")
     option("--to", required=True, choices=[*_OWN, *LORA_WRITERS])
     option("--json", action="store_true", help="what was written, for a program")
-    option("--hparams", metavar="FILE", help="hparams.yml of the authors' trainers")
     plain = parser.add_argument_group("plain LoRA (lora, kohya, comfyui)")
     plain.add_argument("--timestep", type=float, help="whose mask to take; all ranks without it")
     plain.add_argument("--rank", type=int, help="cut to this rank; exact without it")
@@ -66,14 +64,11 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and args.bands is None:
             parser.error(f"--{name.replace('_', '-')} is for --bands")
     file = open_checkpoint(args.source, allow_pickle=args.allow_pickle)
-    base = None
-    if args.base is not None:
-        base = load_base(args.base, weights=format_of(file) == "lycoris")
-    adapter = read_adapter(
-        file, facts=facts_of(args), base=base, component=args.component, hparams=args.hparams
-    )
+    adapter = adapter_of(file, args)
     for note in adapter.notes:
         warn(note)
+    if args.to not in _OWN and as_file(args.destination).resolve() == file.path.resolve():
+        parser.error("plain LoRA would replace the T-LoRA file that it is made of")
     report = _write(adapter, args)
     if args.json:
         print(json.dumps({**report, "layers": len(adapter.layers), "notes": adapter.notes}))
@@ -101,7 +96,7 @@ def _write(adapter: Adapter, args: argparse.Namespace) -> dict[str, Any]:
             sigma_range=None if args.sigma_range is None else tuple(args.sigma_range),
             dtype=dtype,
         )
-        return {"path": str(folder), "bands": args.bands}
+        return {"path": str(folder), "bands": len(read_json(folder / "bands.json")["bands"])}
     lora = plain_lora(adapter, timestep=args.timestep, rank=args.rank, dtype=dtype)
     path = LORA_WRITERS[args.to](lora, args.destination, family=family)
     return {"path": str(path), "error": lora.error}

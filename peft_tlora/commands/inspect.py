@@ -32,6 +32,7 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         facts=facts_of(args),
         base=base,
         component=args.component,
+        hparams=args.hparams,
         allow_pickle=args.allow_pickle,
     )
     for text in report["warnings"] if not args.json else ():

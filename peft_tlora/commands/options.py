@@ -5,7 +5,11 @@ import os
 import sys
 from typing import Any, TextIO
 
+from ..formats.adapter import Adapter
+from ..formats.base import load_base
 from ..formats.facts import TrainingFacts
+from ..formats.files import Checkpoint
+from ..formats.reading import format_of, read_adapter
 from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES
 
 _FACTS = ("min_rank", "rank_schedule", "schedule_exponent", "num_train_timesteps", "sig_type")
@@ -18,7 +22,7 @@ def add_schedule(parser: argparse._ActionsContainer) -> None:
     add("--min-rank", type=rank, help="an int is a rank, a float a fraction of r")
     add("--rank-schedule", choices=RANK_SCHEDULES)
     add("--schedule-exponent", type=float, help="the paper's alpha")
-    add("--num-train-timesteps", type=float, help="the timestep of pure noise")
+    add("--num-train-timesteps", type=float, help="the timestep of pure noise, as the model counts")
 
 
 def add_direction(parser: argparse._ActionsContainer) -> None:
@@ -27,13 +31,16 @@ def add_direction(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--timestep-type", choices=TIMESTEP_TYPES)
 
 
-def add_facts(parser: argparse.ArgumentParser) -> None:
+def add_facts(
+    parser: argparse.ArgumentParser, title: str = "what the file may not say about its training"
+) -> None:
     """What a file may not say, and the base model that some need."""
-    group = parser.add_argument_group("what the file may not say about its training")
+    group = parser.add_argument_group(title)
     add_schedule(group)
     group.add_argument("--sig-type", choices=["principal", "last", "middle"])
     group.add_argument("--boundary-timestep", type=int, help="Takenoko's tlora_boundary_timestep")
     group.add_argument("--base", metavar="FOLDER", help="the base model, as diffusers saves it")
+    group.add_argument("--hparams", metavar="FILE", help="hparams.yml of the authors' trainers")
     parser.add_argument("--component", help="which model of the pipeline, such as unet")
     parser.add_argument("--allow-pickle", action="store_true", help="read .pt files, too")
 
@@ -42,6 +49,16 @@ def facts_of(args: argparse.Namespace) -> TrainingFacts | None:
     """The facts that were given, None if none was."""
     given = {name: getattr(args, name) for name in _FACTS}
     return None if all(v is None for v in given.values()) else TrainingFacts(**given)
+
+
+def adapter_of(file: Checkpoint, args: argparse.Namespace) -> Adapter:
+    """The adapter in a file, with the options of `add_facts`."""
+    base = None
+    if args.base is not None:
+        base = load_base(args.base, weights=format_of(file) == "lycoris")
+    return read_adapter(
+        file, facts=facts_of(args), base=base, component=args.component, hparams=args.hparams
+    )
 
 
 def rank(text: str) -> int | float:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ..formats.adapter import check_schedule
-from ..formats.reading import read_adapter
+from ..formats.files import open_checkpoint
 from ..schedule import RankSchedule, check_rank
 from ..steps import load_scheduler, plot, steps_of, transitions
-from .options import add_direction, add_schedule, bold
+from .options import adapter_of, add_direction, add_facts, bold
 
 HELP = "show the active rank over timesteps or a scheduler's steps"
 # option -> field of RankSchedule
@@ -23,6 +23,9 @@ _FIELDS = {
     "timestep_type": "timestep_type",
     "rank_multiple": "rank_multiple",
 }
+# what every file with a schedule says, and what is of files alone
+_NEVER_MISSING = {"r", "timestep_reversed", "timestep_type", "rank_multiple"}
+_OF_ADAPTERS = ("sig_type", "boundary_timestep", "base", "hparams", "component", "allow_pickle")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +37,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--adapter", metavar="FILE", help="take the schedule of this adapter")
     option("--rank", type=int, help="of the layer; default 16")
-    add_schedule(parser)
     add_direction(parser)
     option("--rank-multiple", type=int, help="ranks that switch on together")
     option("--scheduler", help="a class of diffusers, or the folder of a pipeline")
@@ -42,6 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--shift", type=float, help="of a flow-matching scheduler")
     option("--plot", metavar="FILE.png", help="draw it, too")
     option("--json", action="store_true", help="for a program")
+    add_facts(parser, "the schedule, or what the adapter's file may not say about it")
 
 
 def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -81,10 +84,13 @@ def _schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rank
         if getattr(args, option) is not None
     }
     if args.adapter is not None:
-        if given:
+        if given.keys() & _NEVER_MISSING:
             parser.error("--adapter has a schedule: leave the other fields out")
-        layers = read_adapter(args.adapter).layers.values()
+        file = open_checkpoint(args.adapter, allow_pickle=args.allow_pickle)
+        layers = adapter_of(file, args).layers.values()
         return max((layer.schedule for layer in layers), key=lambda schedule: schedule.r)
+    if any(getattr(args, name) for name in _OF_ADAPTERS):
+        parser.error("options of a file need --adapter")
     schedule = RankSchedule(**{"r": 16, **given})
     try:
         check_rank(schedule.r, "rank")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 
 from ..schedule import RankSchedule
 from .adapter import Adapter
-from .files import write_json
+from .files import read_json, replaced_together, write_json
 from .lora import LORA_WRITERS
 from .plain import plain_lora
 from .sampling import Sampling, sampling_of
 from .workflow import workflow
+
+_MOST = 1000
+_BANDS, _WORKFLOW = "bands.json", "workflow.json"
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,10 @@ def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
         count: The number of bands; 1 for a constant schedule, whose mask never changes.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If it is below 1, or above any use.
     """
-    if count < 1:
-        raise ValueError(f"The number of bands must be at least 1, got {count}.")
+    if not 1 <= count <= _MOST:
+        raise ValueError(f"The number of bands must lie in [1, {_MOST}], got {count}.")
     if schedule.kind == "constant":
         return [Band((1.0, 0.0), 0.0)]
     edges = [_noise_at(schedule, i / count) for i in range(count + 1)]
@@ -57,7 +61,7 @@ def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
 def timestep_at(schedule: RankSchedule, noise: float) -> float:
     """The timestep of a noise, in the unit of the model."""
     if schedule.timestep_type == "log_sigma":
-        inside = min(max(noise, 1e-7), 1 - 1e-7)
+        inside = min(max(noise, 2e-7), 1 - 2e-7)
         return math.log(inside / (1 - inside)) / 4
     share = 1 - noise if schedule.timestep_reversed else noise
     return share * schedule.num_train_timesteps
@@ -79,6 +83,9 @@ def write_bands(
     A tool that knows nothing of T-LoRA switches them one after the other. With one band it is the
     plain export of the middle mask. Where the sampling can't be told, which is for a transformer of
     no known family without a shift, bands.json has timesteps only and there is no workflow.json.
+
+    All files are written whole before any takes the place of an old one. The band files that an old
+    bands.json lists and this export hasn't are removed; other files in the folder stay.
 
     Args:
         adapter: The adapter.
@@ -105,19 +112,30 @@ def write_bands(
         schedule = replace(schedule, timestep_type="log_sigma")
         adapter = _with_log_sigma(adapter)
     folder = Path(destination)
+    before = _listed(folder / _BANDS)
     bands = []
-    for number, band in enumerate(split_bands(schedule, count)):
-        timestep = timestep_at(schedule, band.mask_noise)
-        lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
-        path = LORA_WRITERS[to](lora, folder / f"band_{number:02}.safetensors", family=family)
-        bands.append(_described(path.name, band, schedule, sampling))
-    about = None if sampling is None else sampling.described()
-    write_json(folder / "bands.json", {"version": 1, "sampling": about, "bands": bands})
-    if sampling is None:  # one of an earlier export would name other files
-        (folder / "workflow.json").unlink(missing_ok=True)
-    else:
-        write_json(folder / "workflow.json", workflow(bands))
+    with replaced_together(folder, _BANDS, _WORKFLOW) as new:
+        for number, band in enumerate(split_bands(schedule, count)):
+            timestep = timestep_at(schedule, band.mask_noise)
+            lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
+            path = LORA_WRITERS[to](lora, new / f"band_{number:02}.safetensors", family=family)
+            bands.append(_described(path.name, band, schedule, sampling))
+        about = None if sampling is None else sampling.described()
+        write_json(new / _BANDS, {"version": 1, "sampling": about, "bands": bands})
+        if sampling is not None:
+            write_json(new / _WORKFLOW, workflow(bands))
+    for name in before - {band["file"] for band in bands}:
+        (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _listed(path: Path) -> set[str]:
+    """The band files in an earlier export's list, none if there is no such list."""
+    try:
+        files = [band["file"] for band in read_json(path)["bands"]]
+        return {name for name in files if re.fullmatch(r"band_\d\d+\.safetensors", name)}
+    except (KeyError, TypeError, ValueError):
+        return set()
 
 
 def _with_log_sigma(adapter: Adapter) -> Adapter:

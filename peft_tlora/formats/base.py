@@ -21,6 +21,7 @@ def load_base(source: str | os.PathLike[str], *, weights: bool) -> nn.Module:
 
     Raises:
         ValueError: If the folder holds no denoiser of diffusers.
+        OSError: If its weights are to be loaded and aren't there as safetensors.
     """
     folder = Path(source)
     if (folder / "model_index.json").is_file():
@@ -31,6 +32,6 @@ def load_base(source: str | os.PathLike[str], *, weights: bool) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(f"{folder / 'config.json'} names no model of diffusers, got {name!r}.")
     if weights:
-        return cls.from_pretrained(folder)
+        return cls.from_pretrained(folder, use_safetensors=True)  # or it would unpickle
     with torch.device("meta"):
         return cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,9 +1,12 @@
 """What a file may not say about its training, and how it is put together with what it says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
+from ..denoisers import Denoiser, describe
 from ..schedule import RankSchedule, RankScheduleKind
 
 
@@ -26,6 +29,10 @@ class TrainingFacts:
     num_train_timesteps: float | None = None
     sig_type: str | None = None
     boundary_timestep: int | None = None
+
+    def known(self) -> list[str]:
+        """The names of the facts that aren't None."""
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
     def joined(self, found: Mapping[str, Any], where: str) -> "TrainingFacts":
         """These facts and those found in a file.
@@ -76,6 +83,22 @@ class TrainingFacts:
             exponent=float(self.schedule_exponent or 0),
             num_train_timesteps=float(self.num_train_timesteps or 0),
         )
+
+
+def in_unit_of(base: nn.Module, schedule: RankSchedule) -> RankSchedule:
+    """The schedule of a model, which may count its time backwards.
+
+    Raises:
+        ValueError: If the model counts it in another unit.
+    """
+    denoiser = describe(base) or Denoiser(num_train_timesteps=schedule.num_train_timesteps)
+    if (denoiser.num_train_timesteps > 1) != (schedule.num_train_timesteps > 1):
+        raise ValueError(
+            f"num_train_timesteps={schedule.num_train_timesteps:g} is not in the unit of "
+            f"{type(base).__name__}, whose timesteps go to {denoiser.num_train_timesteps:g} in "
+            f"diffusers: pass {denoiser.num_train_timesteps:g} (--num-train-timesteps)."
+        )
+    return replace(schedule, timestep_reversed=denoiser.timestep_reversed)
 
 
 def number(value: Any, name: str, where: str, kind: type[int] | type[float] = float) -> Any:

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,11 +142,46 @@ def replaced(path: Path) -> Iterator[Path]:
     try:
         yield new
         new.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
+        _flush(new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_together(folder: Path, *indices: str) -> Iterator[Path]:
+    """A folder for files that take their places in `folder` together when all are written.
+
+    Until then nothing in `folder` changes. Then they are moved, one right after the other, and
+    meanwhile there are no indices: a crash at this moment leaves old and new files, but nothing
+    that says of one what is true of the other.
+
+    Args:
+        folder: Where the files go; made if it isn't there, and gone again if that fails.
+        indices: Names of the files that say what the others are; they are moved last.
+    """
+    there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+            yield Path(name)
+            files = sorted(Path(name).iterdir(), key=lambda file: file.name in indices)
+            for file in files:
+                _flush(file)
+            for index in indices:
+                (folder / index).unlink(missing_ok=True)
+            for file in files:
+                file.replace(folder / file.name)
+    except BaseException:
+        if not there:
+            with suppress(OSError):  # some files are in their places
+                folder.rmdir()
+        raise
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

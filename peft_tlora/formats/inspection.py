@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..denoisers import describe as describe_denoiser
 from ..functional import Factors, fuse_factors
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts
@@ -27,6 +28,7 @@ def inspect_file(
     facts: TrainingFacts | None = None,
     base: nn.Module | None = None,
     component: str | None = None,
+    hparams: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """What a file says, as values for JSON.
@@ -52,10 +54,15 @@ def inspect_file(
         "bytes": file.path.stat().st_size,
         "tensors": len(file.tensors),
     }
-    adapter, known, warnings = _read(file, name, facts, base, component)
+    given = {"base": base, "component": component, "hparams": hparams}
+    adapter, known, warnings = _read(file, name, facts, given)
     if adapter is None:
         return {**report, **_unread(), "warnings": warnings}
-    return {**report, **describe(adapter, schedule_known=known), "warnings": warnings}
+    described = describe(adapter, schedule_known=known)
+    damaged = [name for name, layer in described["layers"].items() if not layer["finite"]]
+    if damaged:
+        warnings.append(f"{len(damaged)} layers have values that aren't finite: {damaged[0]} ...")
+    return {**report, **described, "warnings": warnings}
 
 
 def describe(adapter: Adapter, *, schedule_known: bool = True) -> dict[str, Any]:
@@ -85,11 +92,9 @@ def _read(
     file: Checkpoint,
     name: str,
     facts: TrainingFacts | None,
-    base: nn.Module | None,
-    component: str | None,
+    given: Mapping[str, Any],
 ) -> tuple[Adapter | None, bool, list[str]]:
     """The adapter as far as it can be read, whether its schedule is known, and warnings."""
-    given: dict[str, Any] = {"base": base, "component": component}
     try:
         adapter = read_adapter(file, facts=facts, **given)
         return adapter, True, list(adapter.notes)
@@ -98,9 +103,13 @@ def _read(
     if name == "lycoris":
         warnings.append("The frozen factors are not in the file; the base model has to give them.")
     if "facts" in FORMATS[name].takes:
-        fallback = replace(_NO_MASK, boundary_timestep=875 if name == "takenoko" else None)
+        fallback = replace(_NO_MASK, sig_type=None if facts is None else facts.sig_type)
+        fallback = replace(fallback, boundary_timestep=875 if name == "takenoko" else None)
         if name.startswith("official"):
             fallback = replace(fallback, num_train_timesteps=None)
+        denoiser = None if given["base"] is None else describe_denoiser(given["base"])
+        if denoiser is not None:
+            fallback = replace(fallback, num_train_timesteps=denoiser.num_train_timesteps)
         try:
             adapter = read_adapter(file, facts=fallback, **given)
             return adapter, False, [*warnings, "The schedule is unknown.", *adapter.notes]

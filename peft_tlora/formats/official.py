@@ -165,7 +165,7 @@ def _sdxl_facts(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     exponent = number(values.get("alpha_rank_scale", 1), "alpha_rank_scale", where)
     trainer = values.get("trainer_class")
     kinds = {"sdxl_tlora": "power", "sdxl_lora": "constant"}
-    if trainer not in kinds:
+    if not isinstance(trainer, str) or trainer not in kinds:
         raise ValueError(f"{where} has trainer_class {trainer!r}, which must be in {list(kinds)}.")
     facts = {"rank_schedule": kinds[trainer], "min_rank": min_rank, "schedule_exponent": exponent}
     return facts if kinds[trainer] == "power" else {"rank_schedule": "constant"}

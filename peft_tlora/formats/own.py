@@ -3,12 +3,11 @@
 import os
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..checkpoint import config_from_state_dict, is_tlora
 from .adapter import Adapter
 from .families import component_of
-from .files import Checkpoint, open_checkpoint, write_tensors
+from .files import Checkpoint, open_checkpoint, replaced_together, write_tensors
 from .tensors import OWN_FIELDS, layers_of_own, own_tensors
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -55,23 +54,23 @@ def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
     """Write the folder that PEFT's `from_pretrained` and `load_adapter` read.
 
     How the adapter was initialised, its dropout and its seed are not in an `Adapter` and take their
-    defaults in the folder's config.
+    defaults in the folder's config. Config and weights are written whole before either takes the
+    place of an old one, and the old config goes first: a crash at that moment leaves weights that
+    `read_peft` reads, without the config that PEFT asks for, but no config of other weights.
 
     Args:
         adapter: The adapter.
-        destination: The folder; a file of the same name in it is replaced.
+        destination: The folder; files of the same names in it are replaced.
 
     Returns:
         The folder.
     """
     folder = Path(destination)
-    folder.mkdir(parents=True, exist_ok=True)
     config = config_from_state_dict(own_tensors(adapter.layers, ""))
     config.inference_mode = True
-    with TemporaryDirectory(prefix=".", dir=folder) as new:
-        config.save_pretrained(new)
-        write_tensors(folder / _WEIGHTS, own_tensors(adapter.layers, _PREFIX))
-        (Path(new) / _CONFIG).replace(folder / _CONFIG)
+    with replaced_together(folder, _CONFIG) as new:
+        config.save_pretrained(str(new))
+        write_tensors(new / _WEIGHTS, own_tensors(adapter.layers, _PREFIX))
     return folder
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..schedule import RankSchedule
 from .adapter import Adapter, check_name
 from .names import Place
 
@@ -45,18 +46,20 @@ def plain_lora(
         dtype: The dtype of the tensors.
 
     Raises:
-        ValueError: If no layer has an active rank, the rank is below 1, or a layer is a convolution
-            with groups.
+        ValueError: If no layer has an active rank, the rank or the timestep is out of range, or a
+            layer isn't finite or is a convolution with groups.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
     layers, lost, total = {}, 0.0, 0.0
     for name, layer in adapter.layers.items():
         schedule = layer.schedule
-        active = schedule.r if timestep is None else schedule.active_rank(float(timestep))
+        active = schedule.r if timestep is None else _active(schedule, float(timestep))
         if not active:
             continue
         down, up = layer.masked(active)
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"Layer {name} has values that are not finite: the file is damaged.")
         if rank is not None and len(down) > rank:
             down, up, norm, cut = _truncated(down, up, rank)
             lost, total = lost + cut**2, total + norm**2
@@ -66,6 +69,15 @@ def plain_lora(
     if not layers:
         raise ValueError(f"No rank is active at timestep {timestep}: there is nothing to write.")
     return PlainLora(adapter.component, layers, (lost / total) ** 0.5 if total else 0.0)
+
+
+def _active(schedule: RankSchedule, timestep: float) -> int:
+    if not schedule.allows(timestep):
+        raise ValueError(
+            f"timestep must lie in the range that the model counts in, got {timestep:g} for "
+            f"{schedule}."
+        )
+    return schedule.active_rank(timestep)
 
 
 def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:

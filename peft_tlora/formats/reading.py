@@ -106,8 +106,11 @@ def read_adapter(
     given = {key: value for key, value in given.items() if value is not None}
     unused = sorted(given.keys() - set(FORMATS[name].takes) - {"base"})
     if unused:
+        names = [
+            n for key in unused for n in (facts.known() if key == "facts" and facts else [key])
+        ]
         raise ValueError(
-            f"{', '.join(unused)} was given, but {file.path.name} is of the "
+            f"{', '.join(names)} was given, but {file.path.name} is of the "
             f"{FORMATS[name].title}, which has no use for it; leave it out."
         )
     takes = {"base": None} if "base" in FORMATS[name].takes else {}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import Factors
 from .adapter import Adapter, AdapterLayer
-from .facts import TrainingFacts, number
+from .facts import TrainingFacts, in_unit_of, number
 from .families import component_of
 from .files import Checkpoint, open_checkpoint
 from .names import underscored
@@ -220,12 +220,19 @@ def _read(
         ranks.append(rank_of(name, fields))
         r = one_rank(ranks, trainer.title)
         factors = complete(name, _shaped(factors_of(name, fields), weight), weight)
-        alpha = float(fields["alpha"]) if "alpha" in fields else float(r)
-        layers[name] = AdapterLayer(factors, facts.schedule(r, trainer.title), alpha)
+        schedule = in_unit_of(base, facts.schedule(r, trainer.title))
+        layers[name] = AdapterLayer(factors, schedule, _alpha(name, fields))
     notes = (f"{others} tensors of text encoders are left out.",) if others else ()
     adapter = Adapter(component_of(layers), layers, notes)
     adapter.check_fits(base)
     return adapter
+
+
+def _alpha(name: str, fields: Mapping[str, Tensor]) -> float:
+    alpha = fields.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"Layer {name} has an alpha of shape {tuple(alpha.shape)}, not a number.")
+    return float(rank_of(name, fields) if alpha is None else alpha)
 
 
 def _of_denoiser(file: Checkpoint, trainer: Trainer) -> tuple[dict[str, Tensor], int]:

@@ -28,6 +28,7 @@ _FUNCTION = "_create_lora_config"
 _HOME = "diffusers.utils.peft_utils"
 # they import the function by its name, so each holds a reference of its own
 _USERS = ("diffusers.loaders.peft", "diffusers.loaders.lora_base")
+_WEIGHTS = "_weights_of_file"  # of a config, until its adapter is injected
 _ARGUMENTS = ["state_dict", "network_alphas", "metadata", "rank_pattern_dict"]
 
 
@@ -68,16 +69,30 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_hotswap(state_dict, kwargs.get("model_state_dict"), kwargs.get("adapter_name"))
         if not is_tlora(state_dict):
             return original(state_dict, network_alphas, metadata, *args, **kwargs)
-        _refuse_other_base(state_dict, kwargs.get("model_state_dict"))
-        return config_from_state_dict(state_dict) if not metadata else TLoraConfig(**metadata)
+        model = kwargs.get("model_state_dict")
+        if model is not None:
+            _refuse_other_base(state_dict, model)
+        config = config_from_state_dict(state_dict) if not metadata else TLoraConfig(**metadata)
+        if model is None:  # a text encoder: the tuner will see it
+            vars(config)[_WEIGHTS] = state_dict
+        return config
 
     return create_config
 
 
-def _refuse_other_base(new: Mapping[str, Tensor], model: Mapping[str, Tensor] | None) -> None:
+def refuse_other_base(config: Any, model: nn.Module) -> None:
+    """Refuse the config of a file of another text encoder, before layers are put into this one.
+
+    Raises:
+        ValueError: If the file has other layers, or for other shapes.
+    """
+    weights = vars(config).pop(_WEIGHTS, None)
+    if weights is not None:
+        _refuse_other_base(weights, model.state_dict())
+
+
+def _refuse_other_base(new: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
     """Refuse an adapter for other layers; torch would notice when they are already in the model."""
-    if model is None:  # text encoders
-        return
     names = {key.rpartition(".")[0] for key in model}
     for layer in (key.removesuffix(SCHEDULE) for key in new if key.endswith(SCHEDULE)):
         place = next((name for name in (f"{layer}.base_layer", layer) if name in names), None)

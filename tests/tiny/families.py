@@ -50,7 +50,11 @@ _ADAPTERS = {}  # by how they were made; nobody changes them
 # family -> model, layers
 FAMILIES = {
     "sd": (sd, rf"{_ATTENTION}|.*\.(conv1|conv_shortcut|proj_in|time_emb_proj|net\.2)"),
-    "sdxl": (sdxl, rf"{_ATTENTION}|.*\.(conv1|conv2|proj_out|time_emb_proj|downsamplers\.0\.conv)"),
+    "sdxl": (
+        sdxl,  # many layers: not all kinds of each block
+        r".*\.(attn1\.(to_q|to_out\.0)|attn2\.(to_k|to_v)|conv2|proj_out|time_emb_proj)"
+        r"|.*\.(conv_shortcut|downsamplers\.0\.conv)",
+    ),
     "sd3": (image.sd3, rf"{_ATTENTION}|.*\.(add_._proj|ff\.net\.0\.proj|ff_context\.net\.2)"),
     "flux": (
         image.flux,

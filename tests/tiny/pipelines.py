@@ -16,15 +16,15 @@ def autoencoder():
     )
 
 
-def text_encoder():
+def text_encoder(**sizes):
+    config = {"hidden_size": 16, "num_hidden_layers": 2, **sizes}
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=20,
-            hidden_size=16,
             intermediate_size=16,
-            num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=8,
+            **config,
         )
     )
 
