@@ -1,7 +1,7 @@
 """Which trials make up a run, and the learning rate and steps chosen on the tuning concepts."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ class Plan:
     arms: tuple[str, ...] = CORE
     ranks: tuple[int, ...] = (16, 4, 64)
     shares: tuple[float, ...] = (0.5, 0.25)
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     tuning: int = 4
     test: int = 8
     seeds: int = 3
@@ -60,17 +60,23 @@ PLANS = {
 
 def variants(plan: Plan) -> list[Variant]:
     """Every (arm, r, r_min) of a plan; arms without r_min occur once an r, with r_min = 0."""
-    chosen = []
-    for r in plan.ranks:
-        first = r == plan.ranks[0]
-        for arm in (*plan.arms, *(BANDS if plan.bands and first else ())):
-            shares = plan.shares if first else plan.shares[:1]
-            chosen += [(arm, r, int(share * r)) for share in _of(arm, shares)]
-    return list(dict.fromkeys(chosen))
+    return [variant for stage in stages(plan) for variant in stage]
 
 
-def _of(arm: str, shares: tuple[float, ...]) -> tuple[float, ...]:
-    return shares if ARMS[arm].reads_minimum else (0.0,)
+def stages(plan: Plan) -> list[list[Variant]]:
+    """The variants in the order in which they run: the main comparison before what varies it."""
+    (first, *others), (share, *shares) = plan.ranks, plan.shares
+    reading = [arm for arm in plan.arms if ARMS[arm].reads_minimum]
+    return [
+        _at(first, share, plan.arms),
+        _at(first, share, BANDS if plan.bands else ()),
+        *(_at(first, other, reading) for other in shares),
+        *(_at(r, share, plan.arms) for r in others),
+    ]
+
+
+def _at(r: int, share: float, arms: Iterable[str]) -> list[Variant]:
+    return [(arm, r, int(share * r) if ARMS[arm].reads_minimum else 0) for arm in arms]
 
 
 def tuning_cells(plan: Plan) -> list[Cell]:
@@ -78,13 +84,11 @@ def tuning_cells(plan: Plan) -> list[Cell]:
 
     They have the plan's first r and r_min; with ``lora_alpha = r`` the rate carries over to others.
     """
-    r = plan.ranks[0]
     return [
-        Cell(arm, concept.name, 0, r, int(share * r), lr, plan.steps)
+        Cell(arm, concept.name, 0, r, r_min, lr, plan.steps)
         for concept in SPLITS["tuning"][: plan.tuning]
         for lr in plan.rates
-        for arm in plan.arms
-        for share in _of(arm, plan.shares[:1])
+        for arm, r, r_min in _at(plan.ranks[0], plan.shares[0], plan.arms)
     ]
 
 
@@ -105,17 +109,16 @@ def setting_of(arm: str, settings: dict[str, Setting], plan: Plan) -> Setting:
 
 
 def comparison_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
-    """Every variant at its chosen learning rate on the test concepts; the first r comes first."""
+    """Every variant at its chosen learning rate on the test concepts, stage by stage."""
     settings = best_settings(records, plan)
     concepts = [concept.name for concept in SPLITS["test"][: plan.test]]
     pairs = [(concept, seed) for seed in range(plan.seeds) for concept in concepts]
     cells = [Cell(BASE, *pair) for pair in pairs]
-    for rank in plan.ranks:
+    for stage in stages(plan):
         for pair in pairs:
-            for arm, r, r_min in variants(plan):
-                if r == rank:
-                    lr, _ = setting_of(arm, settings, plan)
-                    cells.append(Cell(arm, *pair, r, r_min, lr, plan.steps))
+            for arm, r, r_min in stage:
+                lr, _ = setting_of(arm, settings, plan)
+                cells.append(Cell(arm, *pair, r, r_min, lr, plan.steps))
     return cells
 
 
@@ -129,7 +132,8 @@ def best_settings(records: Sequence[Record], plan: Plan) -> dict[str, Setting]:
     """The learning rate and the number of steps of each arm that score best in tuning."""
     scores: dict[str, dict[Setting, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if record["concept"] in _TUNING and record["step"] in plan.steps:
+        planned = record["lr"] in plan.rates and record["step"] in plan.steps
+        if planned and record["concept"] in _TUNING:
             scores[record["arm"]][record["lr"], record["step"]].append(score(record))
     return {
         arm: max(settings, key=lambda s: float(np.mean(settings[s])))
