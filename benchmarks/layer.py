@@ -3,7 +3,8 @@
     python benchmarks/layer.py [--dtype float32] [--repeats 9] [--shapes 0 1 2 3] [--ranks 4 16 64]
 
 Shapes are those of attention in SDXL (self-attention at two depths, keys and values of the text)
-and FLUX. Each time has the base layer in it. The timesteps are spread over the schedule, known on
+and FLUX; number 4, not among the default ones, is the embedded base's, where Python takes the time.
+Each time has the base layer in it. The timesteps are spread over the schedule, known on
 the host and one for the batch; what is made once a forward for all layers isn't timed. Adapters are
 in float32, as PEFT has them, whatever the dtype of the base.
 """
@@ -17,7 +18,7 @@ from measure import device, interleaved, ratio, report
 from peers import PEERS, Adapted
 from torch import nn
 
-SHAPES = [(4096, 640, 640), (1024, 1280, 1280), (77, 2048, 1280), (4608, 3072, 3072)]
+SHAPES = [(4096, 640, 640), (1024, 1280, 1280), (77, 2048, 1280), (4608, 3072, 3072), (256, 96, 96)]
 
 
 def prepared(adapted: Adapted, x: torch.Tensor, backward: bool, repeats: int) -> Callable:

@@ -41,7 +41,7 @@ def fronts(records: Sequence[Record], plan: Plan, rank: int, path: Path) -> None
         if len(analysis.table(checkpoints[0], "overlap")) >= analysis.ENOUGH:
             axes.fill_between(grid, band[1], band[2], alpha=0.1, color=line.get_color())
         points = [
-            [np.mean([r[m] for r in part]) for m in ("overlap", "alignment")]
+            [analysis.mean(analysis.table(part, m)) for m in ("overlap", "alignment")]
             for part in checkpoints
             if part
         ]

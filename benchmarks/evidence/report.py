@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence import plots, tables
+from evidence.analysis import variant_of
 from evidence.arms import BANDS
 from evidence.concepts import SPLITS
 from evidence.plan import Plan, variants
@@ -15,13 +16,14 @@ def write_report(records: Sequence[Record], plan: Plan, output: Path) -> None:
     text = tables.report(records, plan)
     (output / "report.md").write_text(text)
     print(text)
-    for rank in plan.ranks:
+    ran = {variant_of(record) for record in records}
+    for rank in (rank for rank in plan.ranks if any(r == rank for _, r, _ in ran)):
         plots.fronts(records, plan, rank, output / f"front-r{rank}.png")
         arms = [v for v in variants(plan) if v[1] == rank and v[0] not in BANDS]
         plots.over_steps(records, plan, arms, output / f"steps-r{rank}.png")
-    bands = [v for v in variants(plan) if v[0] in (*BANDS, "lora") and v[1] == plan.ranks[0]]
-    if plan.bands:
-        plots.over_steps(records, plan, bands, output / "bands.png")
+    bands = [v for v in variants(plan) if v[0] in BANDS]
+    if ran & set(bands):
+        plots.over_steps(records, plan, [("lora", plan.ranks[0], 0), *bands], output / "bands.png")
     for concept in SPLITS["test"][: plan.test]:
         plots.grid(output / "pictures", plan, concept.name, output / f"grid-{concept.name}.png")
     print(f"wrote {output}/report.md, plots and grids")
