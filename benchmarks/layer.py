@@ -4,9 +4,9 @@
 
 Shapes are those of attention in SDXL (self-attention at two depths, keys and values of the text)
 and FLUX; number 4, not among the default ones, is the embedded base's, where Python takes the time.
-Each time has the base layer in it. The timesteps are spread over the schedule, known on
-the host and one for the batch; what is made once a forward for all layers isn't timed. Adapters are
-in float32, as PEFT has them, whatever the dtype of the base.
+Each time has the base layer in it. The timesteps are spread over the schedule, known on the host
+and one for the batch; what is made once a forward for all layers isn't timed. Adapters are in
+float32, as PEFT has them, whatever the dtype of the base.
 """
 
 import argparse

@@ -25,6 +25,14 @@ def test_scenes_and_captions_depend_only_on_seed_and_index():
     assert scenes.render(first[0]).tobytes() == scenes.render(again[0]).tobytes()
 
 
+def test_places_lie_on_the_grid_of_the_lowest_level(pipeline):
+    """Else an object is another pattern of latents at each, which no adapter can carry over."""
+    levels = len(pipeline.unet.config.block_out_channels)
+    cell = pipeline.vae_scale_factor * 2 ** (levels - 1)
+    (first, *others) = scenes.POSITIONS.values()
+    assert all((c - d) % cell == 0 for other in others for c, d in zip(other, first, strict=True))
+
+
 def test_held_out_combinations_never_occur_in_training():
     held_out = {scene.attributes for scene in scenes.combinations(held_out=True)}
     training = {scene.attributes for scene in scenes.combinations(held_out=False)}
