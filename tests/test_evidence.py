@@ -293,7 +293,7 @@ def test_each_arm_is_tuned_with_the_same_budget_on_tuning_concepts():
     cells = plan.tuning_cells(plan.PLANS["full"])
     names = {concept.name for concept in SPLITS["tuning"]}
     assert {cell.concept for cell in cells} == names
-    assert Counter(cell.arm for cell in cells) == dict.fromkeys(CORE, 12)
+    assert Counter(cell.arm for cell in cells) == dict.fromkeys(CORE, 16)
     assert {(c.r, c.r_min) for c in cells} == {(16, 0), (16, 8)}
 
 
@@ -331,6 +331,23 @@ def test_test_trials_take_the_rate_that_scored_best_in_tuning():
     assert {cell.concept for cell in cells} == {TEST[0].name}
     with pytest.raises(ValueError, match="run this plan's tuning"):
         plan.comparison_cells(replace(small, arms=("tlora",)), records)
+
+
+def test_equal_rates_are_those_of_tlora_and_only_other_trials_are_added():
+    small = replace(plan.PLANS["full"], arms=("lora", "tlora"), ranks=(16,), test=2, seeds=1)
+    records = [
+        {"arm": arm, "concept": TUNING[0].name, "seed": 0, "r": 16, "r_min": 0, "lr": lr,
+         "step": 100, "overlap": 0.5, "alignment": 0.5}
+        for arm, lr in [("lora", 4e-3), ("tlora", 2e-3)]
+    ]  # fmt: skip
+    cells = plan.equal_rate_cells(small, records)
+    assert {(c.arm, c.r, c.r_min, c.lr) for c in cells} == {
+        ("lora", 16, 0, 2e-3), ("tlora", 16, 8, 2e-3)
+    }  # fmt: skip
+    assert {c.concept for c in cells} == {concept.name for concept in TEST[:2]}
+    chosen = {c.key for c in plan.comparison_cells(small, records)}
+    assert {c.arm for c in cells if c.key not in chosen} == {"lora"}
+    assert not plan.equal_rate_cells(replace(small, arms=("lora",)), records)
 
 
 def test_a_trial_runs_on_the_toybox(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from evidence import analysis, limits, plots, tables, trial
 from evidence.concepts import SPLITS
 from evidence.encoder import FEATURES
-from evidence.plan import PLANS, comparison_cells, tuning_cells
+from evidence.plan import PLANS, comparison_cells, equal_rate_cells, tuning_cells
 
 PLAN = replace(PLANS["full"], arms=("lora", "tlora"), ranks=(16,), shares=(0.5,), steps=(50, 100))
 LORA, TLORA = ("lora", 16, 0), ("tlora", 16, 8)
@@ -25,6 +25,7 @@ def synthetic(effect, seed=0):
         values["overlap"] = 0.3 + step / 500 + difficulty[cell.concept] / 4
         noise = rng.normal(0, 0.02)
         values["alignment"] = 0.7 - step / 1000 + gain + difficulty[cell.concept] + noise
+        values["alignment"] -= 0.2 * (cell.arm == "lora" and cell.lr == max(PLAN.rates))
         values["features"] = rng.normal(size=(8, FEATURES)).tolist()
         return values
 
@@ -36,7 +37,11 @@ def synthetic(effect, seed=0):
         ]
 
     tuned = records(tuning_cells(PLAN))
-    return tuned + records(comparison_cells(PLAN, tuned))
+    for record in tuned:  # LoRA is best at the lowest rate, T-LoRA at the highest
+        best = max(PLAN.rates) if record["arm"] == "tlora" else min(PLAN.rates)
+        record["overlap"] += 0.1 * (record["lr"] == best)
+    cells = {c.key: c for c in comparison_cells(PLAN, tuned) + equal_rate_cells(PLAN, tuned)}
+    return tuned + records(cells.values())
 
 
 def difference(records, metric="alignment"):
@@ -146,7 +151,13 @@ def test_report_and_plots_of_synthetic_results(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "measure_limits", lambda: {"true pictures": limit})
     text = tables.report(records, PLAN)
     assert "8 test concepts, 3 seeds, 144 of 144 trials" in text
-    assert text.count("T-LoRA, r=16, r_min=8 - LoRA r, r=16") == 3  # equal steps, earlier, best
+    assert text.count("T-LoRA, r=16, r_min=8 - LoRA r, r=16") == 5
+    # equal steps and earlier, each arm at its best, equal rates at both checkpoints
+    chosen, equal = (part.split("- LoRA r, r=16 |")[1].split("|")[2]
+                     for part in (text, text.split("## Equal rates (0.008)")[1]))  # fmt: skip
+    assert float(chosen.split()[0]) == pytest.approx(0.05, abs=0.02)
+    assert float(equal.split()[0]) == pytest.approx(0.25, abs=0.02)
+    assert "| LoRA r | 0.001 |" in text.split("## The tuning concepts")[1]
     plots.fronts(records, PLAN, 16, tmp_path / "front.png")
     plots.over_steps(records, PLAN, [LORA, TLORA], tmp_path / "steps.png")
     assert {file.name for file in tmp_path.iterdir()} == {"front.png", "steps.png"}

@@ -33,7 +33,8 @@ def main() -> None:
         torch.set_num_threads(cores)
         if len(plan.rates) > 1:
             run_cells(plans.tuning_cells(plan), args.output, args.device, "tuning", workers)
-        cells = plans.comparison_cells(plan, store.load(args.output / RESULTS))
+        done = store.load(args.output / RESULTS)
+        cells = [*plans.equal_rate_cells(plan, done), *plans.comparison_cells(plan, done)]
         run_cells(cells, args.output, args.device, "test", workers)
     write_report(store.load(args.output / RESULTS), plan, args.output)
 

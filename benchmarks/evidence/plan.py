@@ -34,7 +34,7 @@ class Plan:
     arms: tuple[str, ...] = CORE
     ranks: tuple[int, ...] = (16, 4, 64)
     shares: tuple[float, ...] = (0.5, 0.25)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     tuning: int = 4
     test: int = 8
     seeds: int = 3
@@ -111,15 +111,32 @@ def setting_of(arm: str, settings: dict[str, Setting], plan: Plan) -> Setting:
 def comparison_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
     """Every variant at its chosen learning rate on the test concepts, stage by stage."""
     settings = best_settings(records, plan)
-    concepts = [concept.name for concept in SPLITS["test"][: plan.test]]
-    pairs = [(concept, seed) for seed in range(plan.seeds) for concept in concepts]
-    cells = [Cell(BASE, *pair) for pair in pairs]
+    cells = [Cell(BASE, *pair) for pair in _pairs(plan)]
     for stage in stages(plan):
-        for pair in pairs:
-            for arm, r, r_min in stage:
-                lr, _ = setting_of(arm, settings, plan)
-                cells.append(Cell(arm, *pair, r, r_min, lr, plan.steps))
+        rates = {arm: setting_of(arm, settings, plan)[0] for arm, _, _ in stage}
+        cells += _cells(plan, stage, rates)
     return cells
+
+
+def equal_rate_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
+    """The main comparison with every arm at T-LoRA's rate: a rate alone moves all measures."""
+    if "tlora" not in plan.arms:
+        return []
+    rate, _ = setting_of("tlora", best_settings(records, plan), plan)
+    return _cells(plan, stages(plan)[0], dict.fromkeys(plan.arms, rate))
+
+
+def _pairs(plan: Plan) -> list[tuple[str, int]]:
+    concepts = [concept.name for concept in SPLITS["test"][: plan.test]]
+    return [(concept, seed) for seed in range(plan.seeds) for concept in concepts]
+
+
+def _cells(plan: Plan, stage: Iterable[Variant], rates: dict[str, float]) -> list[Cell]:
+    return [
+        Cell(arm, *pair, r, r_min, rates[arm], plan.steps)
+        for pair in _pairs(plan)
+        for arm, r, r_min in stage
+    ]
 
 
 def score(record: Record) -> float:

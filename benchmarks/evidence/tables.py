@@ -12,11 +12,15 @@ from evidence.plan import (
     Variant,
     best_settings,
     comparison_cells,
+    equal_rate_cells,
     score,
     setting_of,
+    stages,
+    tuning_cells,
     variants,
 )
 from evidence.store import Record, key
+from evidence.trial import Cell
 
 METRICS = {
     "overlap": "fidelity",
@@ -56,8 +60,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def tested(records: Sequence[Record], plan: Plan) -> list[Record]:
-    """The records of the plan's test trials."""
-    keys = {cell.key for cell in comparison_cells(plan, records)}
+    """The records of the plan's test trials, each arm at its chosen rate."""
+    return records_of(records, comparison_cells(plan, records))
+
+
+def records_of(records: Sequence[Record], cells: Iterable[Cell]) -> list[Record]:
+    """The records of the cells' trials."""
+    keys = {cell.key for cell in cells}
     return [record for record in records if key(record) in keys]
 
 
@@ -128,6 +137,35 @@ def paired_table(
     return markdown(["difference", *names.values()], rows)
 
 
+def tuning_table(records: Sequence[Record], plan: Plan) -> str:
+    """Every arm at every rate on the tuning concepts, at the last checkpoint."""
+    names = {"overlap": "fidelity", "alignment": "alignment", score: "score", "drift": "drift"}
+    tuned, rows = records_of(records, tuning_cells(plan)), []
+    for arm in plan.arms:
+        for lr in plan.rates:
+            found = [
+                r for r in tuned if (r["arm"], r["lr"], r["step"]) == (arm, lr, max(plan.steps))
+            ]
+            if found:
+                means = [analysis.mean(analysis.table(found, metric)) for metric in names]
+                rows.append([title(arm), f"{lr:g}", *(f"{mean:.3f}" for mean in means)])
+    return markdown(["arm", "rate", *names.values()], rows)
+
+
+def equal_rates(records: Sequence[Record], plan: Plan) -> list[str]:
+    """The main comparison at one rate, if tuning has chosen several."""
+    cells = equal_rate_cells(plan, records)
+    if {cell.key for cell in cells} <= {cell.key for cell in comparison_cells(plan, records)}:
+        return []
+    chosen, rates = records_of(records, cells), {cell.lr for cell in cells}
+    parts = [f"## Equal rates ({', '.join(f'{rate:g}' for rate in rates)})\n"]
+    for step in sorted(plan.steps, reverse=True):
+        at = dict.fromkeys(stages(plan)[0], step)
+        parts += [f"### After {step} steps\n", intervals_table(chosen, at)]
+        parts += [paired_table(chosen, at)]
+    return parts
+
+
 def report(records: Sequence[Record], plan: Plan) -> str:
     """All tables of a plan."""
     final = max(plan.steps)
@@ -150,10 +188,12 @@ def report(records: Sequence[Record], plan: Plan) -> str:
         best = {(BASE, 0, 0): 0} | {v: setting_of(v[0], settings, plan)[1] for v in variants(plan)}
         chosen = [[title(arm), f"{lr:g}", str(step)] for arm, (lr, step) in settings.items()]
         parts += [
-            "## Chosen on the tuning concepts\n", markdown(["arm", "rate", "best step"], chosen),
+            f"## The tuning concepts after {final} steps\n", tuning_table(records, plan),
+            "### Chosen on them\n", markdown(["arm", "rate", "best step"], chosen),
             "## Each arm at its best step\n", means_table(test, best), intervals_table(test, best),
             "### T-LoRA against the others, paired\n", paired_table(test, best),
         ]  # fmt: skip
+    parts += equal_rates(records, plan)
     if any(v[0] in BANDS for v in equal):
         bands = {v: s for v, s in equal.items() if v[0] in (*BANDS, "lora", BASE)}
         parts += ["## Where overfitting comes from\n", intervals_table(test, bands, BAND_NAMES)]
