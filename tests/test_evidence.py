@@ -177,23 +177,24 @@ def _active_rank(layer, unet, timestep):
         return int(torch.as_tensor(layer.timestep_state.current().active_rank(schedule)))
 
 
-def step_inputs():
-    return torch.randn(1, 4, 8, 8), {"encoder_hidden_states": torch.randn(1, 4, 16)}
+def step_inputs(batch=1):
+    return torch.randn(batch, 4, 8, 8), {"encoder_hidden_states": torch.randn(batch, 4, 16)}
 
 
 def fit(unet, band=(0.0, 1.0), checkpoints=(2, 4)):
-    scheduler = trial.fresh_pipeline("cpu").scheduler
+    noising = training.noising_of(trial.fresh_pipeline("cpu").scheduler)
     torch.manual_seed(1)
-    latents, conditions = step_inputs()
-    options = {"lr": 1e-3, "batch": 2, "seed": 5, "checkpoints": checkpoints, "band": band}
-    return training.fit(unet, scheduler, latents, conditions, **options)
+    options = {"lr": 1e-3, "seed": 5, "checkpoints": checkpoints, "band": band}
+    return training.fit(unet, *step_inputs(2), noising, **options)
 
 
 @pytest.mark.parametrize("name", [*BANDS, "lora"])
 def test_training_stays_in_its_band_of_timesteps(name):
     unet, seen, band = tiny_unet(), [], ARMS[name].band
     training.attach(unet, ARMS[name], r=4, r_min=2, targets=["to_q"], seed=0)
-    unet.register_forward_pre_hook(lambda module, args: seen.extend(args[1].tolist()))
+    unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["timestep"].tolist()), with_kwargs=True
+    )
     list(fit(unet, band, checkpoints=(40,)))
     assert len(seen) == 80
     assert min(seen) >= round(band[0] * 1000)
@@ -228,7 +229,7 @@ def test_adapter_of_a_band_acts_in_it_alone_and_is_on_again_afterwards():
     unet.disable_adapters()
     base = outputs()
     unet.enable_adapters()
-    with training.acting_in(unet, (2 / 3, 1.0), 1000):
+    with training.acting_in(unet, (2 / 3, 1.0)):
         inside = outputs()
     assert torch.equal(inside[0], adapted[0])
     assert torch.equal(inside[1], base[1])

@@ -19,7 +19,7 @@ from evidence.arms import ARMS, BASE
 from evidence.concepts import CONCEPTS, Concept, asked_settings, draw, prompt, training_setting
 from evidence.encoder import embed, similarity
 from evidence.metrics import cut_out, match, measure
-from evidence.training import acting_in, attach, fit
+from evidence.training import Conditions, Noising, acting_in, attach, fit, noising_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
 TARGETS = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
@@ -68,15 +68,18 @@ def fresh_pipeline(device: str) -> Any:
     return type(base)(**parts, requires_safety_checker=False)
 
 
-def conditions_of(pipeline: Any, concept: Concept) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The given picture's latents, and the embedded prompt it is trained with."""
+def prepare(
+    pipeline: Any, concept: Concept, batch: int
+) -> tuple[torch.Tensor, Conditions, Noising]:
+    """The given picture's latents and the embedded prompt it is trained with, for a batch."""
     device = pipeline.unet.device
     pixels = pipeline.image_processor.preprocess(draw(concept, training_setting(concept)))
     with torch.no_grad():
         latents = pipeline.vae.encode(pixels.to(device)).latent_dist.mean
         states = pipeline.encode_prompt(prompt(), device, 1, False)[0]
-    scale = pipeline.vae.config.scaling_factor
-    return latents * scale, {"encoder_hidden_states": states}
+    clean = latents * pipeline.vae.config.scaling_factor
+    conditions = {"encoder_hidden_states": states.expand(batch, -1, -1)}
+    return clean.expand(batch, -1, -1, -1), conditions, noising_of(pipeline.scheduler)
 
 
 def pictures_of(pipeline: Any, concept: Concept, seed: int) -> dict[str, list[Image.Image]]:
@@ -140,11 +143,9 @@ def run(
         yield 0, judge(pictures, concept, pictures["unrelated"]), pictures
         return
     arm, base = ARMS[cell.arm], base_unrelated(cell.seed, device)
-    latents, conditions = conditions_of(pipeline, concept)
     attach(pipeline.unet, arm, r=cell.r, r_min=cell.r_min, targets=TARGETS, seed=cell.seed)
     options = {"band": arm.band, "lr": cell.lr, "checkpoints": cell.steps, "seed": cell.seed}
-    scheduler = pipeline.scheduler
-    for step, loss in fit(pipeline.unet, scheduler, latents, conditions, batch=BATCH, **options):
-        with acting_in(pipeline.unet, arm.band, scheduler.config.num_train_timesteps):
+    for step, loss in fit(pipeline.unet, *prepare(pipeline, concept, BATCH), **options):
+        with acting_in(pipeline.unet, arm.band):
             pictures = pictures_of(pipeline, concept, cell.seed)
         yield step, {"loss": loss, **judge(pictures, concept, base)}, pictures
