@@ -190,7 +190,7 @@ def fit(unet, band=(0.0, 1.0), checkpoints=(2, 4)):
 
 @pytest.mark.parametrize("name", [*BANDS, "lora"])
 def test_training_stays_in_its_band_of_timesteps(name):
-    unet, seen, band = tiny_unet(), [], ARMS[name].band
+    unet, seen, band = tiny_unet(), [], ARMS[name].trains
     training.attach(unet, ARMS[name], r=4, r_min=2, targets=["to_q"], seed=0)
     unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.extend(kwargs["timestep"].tolist()), with_kwargs=True
@@ -211,6 +211,32 @@ def test_training_pauses_at_checkpoints_and_depends_on_its_seed_alone():
         results.append(list(fit(unet)))
     assert [step for step, _ in results[0]] == [2, 4]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "trains", "acts"),
+    [
+        ("lora", (0, 1), (0, 1)),
+        ("band_noisy", (2 / 3, 1), (2 / 3, 1)),
+        ("trains_noisy", (2 / 3, 1), (0, 1)),
+        ("acts_clean", (0, 1), (0, 1 / 3)),
+    ],
+)
+def test_arms_train_and_act_each_in_their_band(name, trains, acts, monkeypatch):
+    bands = []
+
+    def watched(function, position=None):
+        def call(*args, **options):
+            bands.append(options["band"] if position is None else args[position])
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setitem(trial.SAMPLING, "steps", 1)
+    monkeypatch.setattr(trial, "fit", watched(training.fit))
+    monkeypatch.setattr(trial, "acting_in", watched(training.acting_in, position=1))
+    list(trial.run(trial.Cell(name, TEST[0].name, 0, 4, 2, 1e-3, (1,))))
+    assert bands == [trains, acts]
 
 
 def test_adapter_of_a_band_acts_in_it_alone_and_is_on_again_afterwards():
@@ -307,7 +333,7 @@ def test_the_main_comparison_runs_first_and_the_first_rank_alone_has_every_minim
     cells = plan.comparison_cells(full, tuned)
     main = len(CORE) * full.test * full.seeds
     after = [cell for cell in cells if cell.arm != "base"][main:]
-    assert after[0].arm in BANDS
+    assert after[-1].arm in BANDS
     assert not {(c.r, c.r_min) for c in after} & {(16, 8)}
     found = {(c.r, c.r_min) for c in cells if c.arm == "tlora"}
     assert found == {(16, 8), (16, 4), (4, 2), (64, 32)}

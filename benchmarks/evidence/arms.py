@@ -8,21 +8,27 @@ from peft import LoraConfig
 
 from peft_tlora import TLoraConfig
 
+Band = tuple[float, float]
+ALL: Band = (0.0, 1.0)
+THIRDS: dict[str, Band] = {"clean": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "noisy": (2 / 3, 1.0)}
+
 
 @dataclass(frozen=True)
 class Arm:
-    """How the adapter is made, and the share of the noise levels at which it trains and acts.
+    """How the adapter is made, and the bands of timesteps in which it trains and acts.
 
     Args:
         title: Its name in tables and plots.
         config: Makes the adapter's config from (r, r_min) and the target modules.
-        band: The lowest and highest timestep, as shares of the model's number of timesteps.
+        trains: The lowest and highest timestep of training, as shares of all.
+        acts: The same in generation; outside, the base does without the adapter.
         reads_minimum: Whether r_min changes it.
     """
 
     title: str
     config: Callable[[int, int, list[str]], LoraConfig]
-    band: tuple[float, float] = (0.0, 1.0)
+    trains: Band = ALL
+    acts: Band = ALL
     reads_minimum: bool = True
 
 
@@ -34,8 +40,8 @@ def _tlora(rank: int, targets: list[str], **options: Any) -> TLoraConfig:
     return TLoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)
 
 
-def _band(title: str, low: float, high: float) -> Arm:
-    return Arm(title, lambda r, m, t: _lora(r, t), band=(low, high), reads_minimum=False)
+def _in_bands(title: str, trains: Band = ALL, acts: Band = ALL) -> Arm:
+    return Arm(title, lambda r, m, t: _lora(r, t), trains, acts, reads_minimum=False)
 
 
 ARMS = {
@@ -52,12 +58,14 @@ ARMS = {
     "reversed": Arm(
         "T-LoRA reversed", lambda r, m, t: _tlora(r, t, min_rank=m, timestep_reversed=True)
     ),
-    "band_clean": _band("LoRA, cleanest third", 0.0, 1 / 3),
-    "band_middle": _band("LoRA, middle third", 1 / 3, 2 / 3),
-    "band_noisy": _band("LoRA, noisiest third", 2 / 3, 1.0),
 }
-BANDS = ("band_clean", "band_middle", "band_noisy")
-CORE = tuple(name for name in ARMS if name not in BANDS)
+CORE = tuple(ARMS)
+BANDS = {
+    **{f"band_{n}": _in_bands(f"LoRA, {n} third", b, b) for n, b in THIRDS.items()},
+    **{f"trains_{n}": _in_bands(f"LoRA trained in the {n} third", b) for n, b in THIRDS.items()},
+    **{f"acts_{n}": _in_bands(f"LoRA acting in the {n} third", acts=b) for n, b in THIRDS.items()},
+}
+ARMS |= BANDS
 BASE = "base"
 
 

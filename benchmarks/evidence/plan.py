@@ -28,7 +28,7 @@ class Plan:
         tuning, test: How many of the concepts of each split.
         seeds: How many seeds on the test concepts; tuning has one.
         steps: The checkpoints.
-        bands: Whether LoRA on bands of timesteps is trained.
+        bands: Whether LoRA is run in bands of timesteps.
     """
 
     arms: tuple[str, ...] = CORE
@@ -69,9 +69,9 @@ def stages(plan: Plan) -> list[list[Variant]]:
     reading = [arm for arm in plan.arms if ARMS[arm].reads_minimum]
     return [
         _at(first, share, plan.arms),
-        _at(first, share, BANDS if plan.bands else ()),
         *(_at(first, other, reading) for other in shares),
         *(_at(r, share, plan.arms) for r in others),
+        _at(first, share, BANDS if plan.bands else ()),
     ]
 
 

@@ -144,8 +144,8 @@ def run(
         return
     arm, base = ARMS[cell.arm], base_unrelated(cell.seed, device)
     attach(pipeline.unet, arm, r=cell.r, r_min=cell.r_min, targets=TARGETS, seed=cell.seed)
-    options = {"band": arm.band, "lr": cell.lr, "checkpoints": cell.steps, "seed": cell.seed}
+    options = {"band": arm.trains, "lr": cell.lr, "checkpoints": cell.steps, "seed": cell.seed}
     for step, loss in fit(pipeline.unet, *prepare(pipeline, concept, BATCH), **options):
-        with acting_in(pipeline.unet, arm.band):
+        with acting_in(pipeline.unet, arm.acts):
             pictures = pictures_of(pipeline, concept, cell.seed)
         yield step, {"loss": loss, **judge(pictures, concept, base)}, pictures
