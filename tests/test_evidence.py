@@ -369,7 +369,7 @@ def test_equal_rates_are_those_of_tlora_and_only_other_trials_are_added():
     ]  # fmt: skip
     cells = plan.equal_rate_cells(small, records)
     assert {(c.arm, c.r, c.r_min, c.lr) for c in cells} == {
-        ("lora", 16, 0, 2e-3), ("tlora", 16, 8, 2e-3)
+        ("base", 0, 0, 0), ("lora", 16, 0, 2e-3), ("tlora", 16, 8, 2e-3)
     }  # fmt: skip
     assert {c.concept for c in cells} == {concept.name for concept in TEST[:2]}
     chosen = {c.key for c in plan.comparison_cells(small, records)}

@@ -122,6 +122,27 @@ def test_front_bands_lie_apart_where_the_effect_is():
     assert (bands[TLORA][1] > bands[LORA][2]).all()
 
 
+def test_a_curve_passes_a_fidelity_between_two_checkpoints():
+    points = np.array([(0.1, 1.0), (0.3, 0.8), (0.3, 0.7), (0.2, 0.9), (0.4, 0.5)])
+    assert analysis.on_curve(points, 0.2) == pytest.approx(0.9)
+    assert analysis.on_curve(points[:2], 0.15) == pytest.approx(0.95)
+    assert np.isnan(analysis.on_curve(points, 0.41))
+    assert np.isnan(analysis.on_curve(points, 0.05))
+
+
+def test_the_difference_at_equal_fidelity_is_the_known_effect():
+    records = tables.tested(synthetic(0.05), PLAN)
+    ours, theirs = ([analysis.select(records, v, s) for s in (50, 100)] for v in (TLORA, LORA))
+    for later in theirs[1]:
+        later["overlap"] += 0.1  # LoRA passes T-LoRA's last fidelity between its checkpoints
+    found = analysis.matched(ours[1], theirs)
+    # at half the way between LoRA's checkpoints, 25 steps before its last, it has 0.025 more
+    assert found.mean == pytest.approx(0.05 - 0.025, abs=0.01)
+    assert found.low < found.mean < found.high
+    assert found.high - found.low < 0.06  # paired: the concepts' difficulty drops out
+    assert analysis.matched(theirs[1], ours) is None
+
+
 def test_frechet_distance_of_known_gaussians():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 20000, 3))
@@ -150,16 +171,19 @@ def test_report_and_plots_of_synthetic_results(tmp_path, monkeypatch):
              for c, f in truth.items()]  # fmt: skip
     monkeypatch.setattr(limits, "measure_limits", lambda: {"true pictures": limit})
     text = tables.report(records, PLAN)
-    assert "8 test concepts, 3 seeds, 144 of 144 trials" in text
-    assert text.count("T-LoRA, r=16, r_min=8 - LoRA r, r=16") == 5
-    # equal steps and earlier, each arm at its best, equal rates at both checkpoints
+    assert "8 test concepts, 3 seeds, 288 of 288 trials" in text
+    assert text.count("T-LoRA, r=16, r_min=8 - LoRA r, r=16") == 7
+    # equal steps and earlier, equal fidelity, each arm at its best; again at equal rates
     chosen, equal = (part.split("- LoRA r, r=16 |")[1].split("|")[2]
-                     for part in (text, text.split("## Equal rates (0.008)")[1]))  # fmt: skip
+                     for part in (text, text.split("### After 100 steps")[1]))  # fmt: skip
     assert float(chosen.split()[0]) == pytest.approx(0.05, abs=0.02)
     assert float(equal.split()[0]) == pytest.approx(0.25, abs=0.02)
+    assert "## Equal rates (0.008)" in text
+    assert "at T-LoRA's of 100 steps" in text.split("## Equal fidelity")[1]
     assert "| LoRA r | 0.001 |" in text.split("## The tuning concepts")[1]
-    plots.fronts(records, PLAN, 16, tmp_path / "front.png")
-    plots.over_steps(records, PLAN, [LORA, TLORA], tmp_path / "steps.png")
+    test = tables.tested(records, PLAN)
+    plots.fronts(test, PLAN, 16, tmp_path / "front.png")
+    plots.over_steps(test, PLAN, [LORA, TLORA], tmp_path / "steps.png")
     assert {file.name for file in tmp_path.iterdir()} == {"front.png", "steps.png"}
 
 

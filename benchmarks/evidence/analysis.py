@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -124,20 +125,65 @@ def front_band(
 
     A level that fewer than half the resamples reach is left out.
     """
-    tables = [
-        (table(records, "overlap"), table(records, "alignment"))
-        for records in checkpoints
-        if records
-    ]
-    indices = resample(matrix(tables[0][0]), draws, seed)
-    means = np.array([[matrix(t)[indices].mean((1, 2)) for t in pair] for pair in tables])
-    drawn = [front(means[..., draw], grid) for draw in range(draws)]
-    curves = np.array(drawn)
+    centre, drawn = _points([part for part in checkpoints if part], draws, seed)
+    curves = np.array([front(points, grid) for points in drawn])
     reached = np.isfinite(curves).mean(0) >= 0.5
     band = np.full((3, len(grid)), np.nan)
-    band[0] = front(np.array([(mean(f), mean(a)) for f, a in tables]), grid)
+    band[0] = front(centre, grid)
     band[1:, reached] = np.nanquantile(curves[:, reached], (0.025, 0.975), axis=0)
     return band
+
+
+def _points(
+    checkpoints: Sequence[Sequence[Record]], draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Fidelity, alignment) of each checkpoint, ``(points, 2)``, and of resamples of all."""
+    tables = [[table(records, m) for m in ("overlap", "alignment")] for records in checkpoints]
+    indices = resample(matrix(tables[0][0]), draws, seed)
+    means = np.array([[matrix(t)[indices].mean((1, 2)) for t in pair] for pair in tables])
+    return np.array([[mean(t) for t in pair] for pair in tables]), means.transpose(2, 0, 1)
+
+
+def on_curve(points: np.ndarray, level: float) -> float:
+    """The best alignment at which the line through ``(points, 2)`` passes a fidelity, or nan."""
+    best = np.nan
+    for (fidelity, alignment), (after, alignment_after) in pairwise(points):
+        if min(fidelity, after) <= level <= max(fidelity, after) and after != fidelity:
+            share = (level - fidelity) / (after - fidelity)
+            best = np.fmax(best, alignment + share * (alignment_after - alignment))
+    return float(best)
+
+
+def matched(
+    ours: Sequence[Record],
+    theirs: Sequence[Sequence[Record]],
+    draws: int = 500,
+    seed: int = 0,
+) -> Interval | None:
+    """Our alignment at a checkpoint, minus theirs where their curve passes our fidelity.
+
+    Args:
+        ours: The records of one checkpoint.
+        theirs: The records of each checkpoint of the other, in order.
+        draws: The number of resamples; both get the same concepts and seeds.
+        seed: Decides them.
+
+    Returns:
+        None where they don't reach our fidelity, or not in a tenth of the resamples.
+    """
+    parts = [ours, *theirs]
+    common = set.intersection(*({(r["concept"], r["seed"]) for r in part} for part in parts))
+    if not common:
+        return None
+    kept = [[r for r in part if (r["concept"], r["seed"]) in common] for part in parts]
+    centre, resampled = _points(kept, draws, seed)
+    value, *drawn = (
+        points[0, 1] - on_curve(points[1:], points[0, 0]) for points in (centre, *resampled)
+    )
+    if np.isnan(value) or np.isnan(drawn).mean() > 0.1:
+        return None
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return Interval(float(value), float(low), float(high), len({concept for concept, _ in common}))
 
 
 def toy_frechet(features: np.ndarray, truth: np.ndarray) -> float:

@@ -111,7 +111,7 @@ def setting_of(arm: str, settings: dict[str, Setting], plan: Plan) -> Setting:
 def comparison_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
     """Every variant at its chosen learning rate on the test concepts, stage by stage."""
     settings = best_settings(records, plan)
-    cells = [Cell(BASE, *pair) for pair in _pairs(plan)]
+    cells = _base_cells(plan)
     for stage in stages(plan):
         rates = {arm: setting_of(arm, settings, plan)[0] for arm, _, _ in stage}
         cells += _cells(plan, stage, rates)
@@ -123,12 +123,16 @@ def equal_rate_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
     if "tlora" not in plan.arms:
         return []
     rate, _ = setting_of("tlora", best_settings(records, plan), plan)
-    return _cells(plan, stages(plan)[0], dict.fromkeys(plan.arms, rate))
+    return _base_cells(plan) + _cells(plan, stages(plan)[0], dict.fromkeys(plan.arms, rate))
 
 
 def _pairs(plan: Plan) -> list[tuple[str, int]]:
     concepts = [concept.name for concept in SPLITS["test"][: plan.test]]
     return [(concept, seed) for seed in range(plan.seeds) for concept in concepts]
+
+
+def _base_cells(plan: Plan) -> list[Cell]:
+    return [Cell(BASE, *pair) for pair in _pairs(plan)]
 
 
 def _cells(plan: Plan, stage: Iterable[Variant], rates: dict[str, float]) -> list[Cell]:

@@ -12,7 +12,7 @@ from evidence.arms import BANDS, title
 from evidence.concepts import CONCEPTS, draw, training_setting
 from evidence.plan import Plan, Variant, variants
 from evidence.store import Record
-from evidence.tables import name_of, tested
+from evidence.tables import name_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,12 +25,11 @@ MEASURES = {
 }
 
 
-def fronts(records: Sequence[Record], plan: Plan, rank: int, path: Path) -> None:
+def fronts(test: Sequence[Record], plan: Plan, rank: int, path: Path) -> None:
     """Alignment against fidelity over the checkpoints of each arm, with bootstrap bands."""
-    test = tested(records, plan)
     figure, axes = plt.subplots(figsize=(8, 5))
     reached = [r["overlap"] for r in test if r["r"] in (0, rank)]
-    grid = np.linspace(0, max(reached, default=1.0), 60)
+    grid = np.linspace(0, max(reached, default=1.0), 400)
     chosen = [v for v in variants(plan) if v[1] == rank and v[0] not in BANDS]
     for variant in chosen:
         checkpoints = [analysis.select(test, variant, step) for step in plan.steps]
@@ -46,14 +45,14 @@ def fronts(records: Sequence[Record], plan: Plan, rank: int, path: Path) -> None
             if part
         ]
         axes.plot(*np.array(points).T, "o", markersize=4, color=line.get_color())
+    axes.set_xlim(left=0.1)  # what random pictures have
     axes.set(xlabel="concept fidelity (overlap)", ylabel="text alignment", title=f"rank {rank}")
     axes.legend(fontsize=7)
     _save(figure, path)
 
 
-def over_steps(records: Sequence[Record], plan: Plan, chosen: list[Variant], path: Path) -> None:
+def over_steps(test: Sequence[Record], plan: Plan, chosen: list[Variant], path: Path) -> None:
     """Each measure over the number of steps."""
-    test = tested(records, plan)
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.5))
     for axis, (metric, label) in zip(axes, MEASURES.items(), strict=True):
         for variant in chosen:
@@ -63,6 +62,8 @@ def over_steps(records: Sequence[Record], plan: Plan, chosen: list[Variant], pat
                 for step, part in parts.items()
                 if part
             }
+            if not found:
+                continue
             means = [interval.mean for interval in found.values()]
             (line,) = axis.plot(list(found), means, "o-", markersize=3, label=name_of(variant))
             if any(interval.concepts < analysis.ENOUGH for interval in found.values()):

@@ -7,7 +7,7 @@ from evidence import plots, tables
 from evidence.analysis import variant_of
 from evidence.arms import BANDS
 from evidence.concepts import SPLITS
-from evidence.plan import Plan, variants
+from evidence.plan import Plan, equal_rate_cells, variants
 from evidence.store import Record
 
 
@@ -16,14 +16,18 @@ def write_report(records: Sequence[Record], plan: Plan, output: Path) -> None:
     text = tables.report(records, plan)
     (output / "report.md").write_text(text)
     print(text)
-    ran = {variant_of(record) for record in records}
+    test = tables.tested(records, plan)
+    ran = {variant_of(record) for record in test}
     for rank in (rank for rank in plan.ranks if any(r == rank for _, r, _ in ran)):
-        plots.fronts(records, plan, rank, output / f"front-r{rank}.png")
+        plots.fronts(test, plan, rank, output / f"front-r{rank}.png")
         arms = [v for v in variants(plan) if v[1] == rank and v[0] not in BANDS]
-        plots.over_steps(records, plan, arms, output / f"steps-r{rank}.png")
+        plots.over_steps(test, plan, arms, output / f"steps-r{rank}.png")
+    if len(plan.rates) > 1:
+        equal = tables.records_of(records, equal_rate_cells(plan, records))
+        plots.fronts(equal, plan, plan.ranks[0], output / "front-equal-rates.png")
     bands = [v for v in variants(plan) if v[0] in BANDS]
     if ran & set(bands):
-        plots.over_steps(records, plan, [("lora", plan.ranks[0], 0), *bands], output / "bands.png")
+        plots.over_steps(test, plan, [("lora", plan.ranks[0], 0), *bands], output / "bands.png")
     for concept in SPLITS["test"][: plan.test]:
         plots.grid(output / "pictures", plan, concept.name, output / f"grid-{concept.name}.png")
     print(f"wrote {output}/report.md, plots and grids")

@@ -129,12 +129,33 @@ def paired_table(
         ours = analysis.select(records, target, steps[target])
         for other, step in steps.items():
             theirs = analysis.select(records, other, step)
-            comparable = other[1] == target[1] and other[2] in (0, target[2])
-            if other == target or not comparable or not ours or not theirs:
+            if not _comparable(other, target) or not ours or not theirs:
                 continue
             differences = [str(analysis.paired(ours, theirs, metric)) for metric in names]
             rows.append([f"{name_of(target)} - {name_of(other)}", *differences])
     return markdown(["difference", *names.values()], rows)
+
+
+def matched_table(records: Sequence[Record], plan: Plan, chosen: Sequence[Variant]) -> str:
+    """T-LoRA's alignment minus the others' at the fidelity that T-LoRA has at a checkpoint.
+
+    The others' is read off the line from the base through their checkpoints.
+    """
+    base, steps = analysis.select(records, (BASE, 0, 0), 0), sorted(plan.steps)
+    curves = {v: [base, *(analysis.select(records, v, step) for step in steps)] for v in chosen}
+    curves = {variant: curve for variant, curve in curves.items() if all(curve)}
+    rows = []
+    for target in (v for v in curves if v[0] == "tlora"):
+        for other in (v for v in curves if _comparable(v, target)):
+            found = [analysis.matched(ours, curves[other]) for ours in curves[target][1:]]
+            differences = (str(interval or "-") for interval in found)
+            rows.append([f"{name_of(target)} - {name_of(other)}", *differences])
+    return markdown(["alignment", *(f"at T-LoRA's of {step} steps" for step in steps)], rows)
+
+
+def _comparable(other: Variant, target: Variant) -> bool:
+    """Whether T-LoRA's variant ``target`` is compared with another of its rank."""
+    return other != target and other[1] == target[1] and other[2] in (0, target[2])
 
 
 def tuning_table(records: Sequence[Record], plan: Plan) -> str:
@@ -157,10 +178,11 @@ def equal_rates(records: Sequence[Record], plan: Plan) -> list[str]:
     cells = equal_rate_cells(plan, records)
     if {cell.key for cell in cells} <= {cell.key for cell in comparison_cells(plan, records)}:
         return []
-    chosen, rates = records_of(records, cells), {cell.lr for cell in cells}
-    parts = [f"## Equal rates ({', '.join(f'{rate:g}' for rate in rates)})\n"]
+    chosen, main = records_of(records, cells), stages(plan)[0]
+    (rate,) = {cell.lr for cell in cells if cell.arm != BASE}
+    parts = [f"## Equal rates ({rate:g})\n", matched_table(chosen, plan, main)]
     for step in sorted(plan.steps, reverse=True):
-        at = dict.fromkeys(stages(plan)[0], step)
+        at = dict.fromkeys(main, step)
         parts += [f"### After {step} steps\n", intervals_table(chosen, at)]
         parts += [paired_table(chosen, at)]
     return parts
@@ -183,6 +205,8 @@ def report(records: Sequence[Record], plan: Plan) -> str:
     for step in sorted(plan.steps)[:-1]:
         earlier = {v: step for v in equal if v[0] not in BANDS}
         parts += [f"### The same after {step} steps\n", paired_table(test, earlier)]
+    arms = [v for v in equal if v[0] not in (BASE, *BANDS)]
+    parts += ["## Equal fidelity\n", matched_table(test, plan, arms)]
     settings = best_settings(records, plan) if plan.tuning else {}
     if settings:
         best = {(BASE, 0, 0): 0} | {v: setting_of(v[0], settings, plan)[1] for v in variants(plan)}
