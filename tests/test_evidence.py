@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from evidence import encoder, metrics, plan, runner, store, training, trial
+from evidence import decided, encoder, metrics, plan, runner, store, training, trial
 from evidence.arms import ARMS, BANDS, CORE
 from evidence.concepts import (
     CONCEPTS,
@@ -375,6 +375,14 @@ def test_equal_rates_are_those_of_tlora_and_only_other_trials_are_added():
     chosen = {c.key for c in plan.comparison_cells(small, records)}
     assert {c.arm for c in cells if c.key not in chosen} == {"lora"}
     assert not plan.equal_rate_cells(replace(small, arms=("lora",)), records)
+
+
+def test_little_noise_decides_nothing_and_full_noise_everything():
+    shares = decided.kept_after(trial.fresh_pipeline("cpu"), count=8)
+    assert list(shares) == [124, 249, 374, 499, 624, 749, 874, 999]
+    assert min(shares[124].values()) > 0.9
+    assert max(shares[999].values()) < 0.6
+    assert shares[499]["background"] > shares[499]["shape"]  # coarse things are decided first
 
 
 def test_a_trial_runs_on_the_toybox(monkeypatch):
