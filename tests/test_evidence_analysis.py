@@ -8,6 +8,7 @@ from evidence import analysis, limits, plots, tables, trial
 from evidence.concepts import SPLITS
 from evidence.encoder import FEATURES
 from evidence.plan import PLANS, comparison_cells, equal_rate_cells, tuning_cells
+from PIL import Image
 
 PLAN = replace(PLANS["full"], arms=("lora", "tlora"), ranks=(16,), shares=(0.5,), steps=(50, 100))
 LORA, TLORA = ("lora", 16, 0), ("tlora", 16, 8)
@@ -185,6 +186,18 @@ def test_report_and_plots_of_synthetic_results(tmp_path, monkeypatch):
     plots.fronts(test, PLAN, 16, tmp_path / "front.png")
     plots.over_steps(test, PLAN, [LORA, TLORA], tmp_path / "steps.png")
     assert {file.name for file in tmp_path.iterdir()} == {"front.png", "steps.png"}
+
+
+def test_a_grid_shows_the_pictures_of_its_cells_alone(tmp_path):
+    cells = [trial.Cell("lora", SPLITS["test"][0].name, 0, 16, 0, lr, (50, 100)) for lr in (1, 2)]
+    for cell, colour in zip(cells, ("red", "blue"), strict=True):
+        Image.new("RGB", (40, 10), colour).save(tmp_path / cell.picture_name(100))
+    assert plots.grid(tmp_path, cells[1:], tmp_path / "grid.png")
+    colours = {c for _, c in Image.open(tmp_path / "grid.png").convert("RGB").getcolors(10**5)}
+    assert (0, 0, 255) in colours
+    assert (255, 0, 0) not in colours
+    other = trial.Cell("ortho", SPLITS["test"][0].name, 0, 16)
+    assert not plots.grid(tmp_path, [other], tmp_path / "other.png")
 
 
 def test_ceiling_and_floor_enclose_every_measure(monkeypatch):

@@ -68,11 +68,16 @@ def stages(plan: Plan) -> list[list[Variant]]:
     (first, *others), (share, *shares) = plan.ranks, plan.shares
     reading = [arm for arm in plan.arms if ARMS[arm].reads_minimum]
     return [
-        _at(first, share, plan.arms),
+        at_rank(plan, first),
         *(_at(first, other, reading) for other in shares),
-        *(_at(r, share, plan.arms) for r in others),
+        *(at_rank(plan, r) for r in others),
         _at(first, share, BANDS if plan.bands else ()),
     ]
+
+
+def at_rank(plan: Plan, r: int) -> list[Variant]:
+    """Every arm of the comparison at one r, with the first share as r_min."""
+    return _at(r, plan.shares[0], plan.arms)
 
 
 def _at(r: int, share: float, arms: Iterable[str]) -> list[Variant]:
@@ -88,7 +93,7 @@ def tuning_cells(plan: Plan) -> list[Cell]:
         Cell(arm, concept.name, 0, r, r_min, lr, plan.steps)
         for concept in SPLITS["tuning"][: plan.tuning]
         for lr in plan.rates
-        for arm, r, r_min in _at(plan.ranks[0], plan.shares[0], plan.arms)
+        for arm, r, r_min in at_rank(plan, plan.ranks[0])
     ]
 
 
@@ -123,7 +128,9 @@ def equal_rate_cells(plan: Plan, records: Sequence[Record]) -> list[Cell]:
     if "tlora" not in plan.arms:
         return []
     rate, _ = setting_of("tlora", best_settings(records, plan), plan)
-    return _base_cells(plan) + _cells(plan, stages(plan)[0], dict.fromkeys(plan.arms, rate))
+    return _base_cells(plan) + _cells(
+        plan, at_rank(plan, plan.ranks[0]), dict.fromkeys(plan.arms, rate)
+    )
 
 
 def _pairs(plan: Plan) -> list[tuple[str, int]]:

@@ -8,11 +8,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from evidence import analysis
-from evidence.arms import BANDS, title
+from evidence.arms import title
 from evidence.concepts import CONCEPTS, draw, training_setting
-from evidence.plan import Plan, Variant, variants
+from evidence.plan import Plan, Variant, at_rank
 from evidence.store import Record
 from evidence.tables import name_of
+from evidence.trial import Cell
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -27,10 +28,9 @@ MEASURES = {
 
 def fronts(test: Sequence[Record], plan: Plan, rank: int, path: Path) -> None:
     """Alignment against fidelity over the checkpoints of each arm, with bootstrap bands."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     reached = [r["overlap"] for r in test if r["r"] in (0, rank)]
-    grid = np.linspace(0, max(reached, default=1.0), 400)
-    chosen = [v for v in variants(plan) if v[1] == rank and v[0] not in BANDS]
+    grid, chosen = np.linspace(0, max(reached, default=1.0), 400), at_rank(plan, rank)
     for variant in chosen:
         checkpoints = [analysis.select(test, variant, step) for step in plan.steps]
         if not any(checkpoints):
@@ -47,13 +47,14 @@ def fronts(test: Sequence[Record], plan: Plan, rank: int, path: Path) -> None:
         axes.plot(*np.array(points).T, "o", markersize=4, color=line.get_color())
     axes.set_xlim(left=0.1)  # what random pictures have
     axes.set(xlabel="concept fidelity (overlap)", ylabel="text alignment", title=f"rank {rank}")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower left")
     _save(figure, path)
 
 
 def over_steps(test: Sequence[Record], plan: Plan, chosen: list[Variant], path: Path) -> None:
     """Each measure over the number of steps."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.5))
+    size = (4 * len(MEASURES), 4)
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=size, layout="constrained")
     for axis, (metric, label) in zip(axes, MEASURES.items(), strict=True):
         for variant in chosen:
             parts = {step: analysis.select(test, variant, step) for step in plan.steps}
@@ -72,31 +73,29 @@ def over_steps(test: Sequence[Record], plan: Plan, chosen: list[Variant], path: 
             high = [interval.high for interval in found.values()]
             axis.fill_between(list(found), low, high, alpha=0.1, color=line.get_color())
         axis.set(xlabel="steps", title=label)
-    axes[0].legend(fontsize=6)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
     _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def grid(folder: Path, plan: Plan, concept: str, path: Path) -> bool:
-    """A row of pictures for each arm at the last checkpoint; False if there are none."""
-    sheets = [(title(arm), folder / f"{concept}.0.{arm}.r{r}.min{r_min}.{step}.png")
-              for arm, r, r_min, step in [("base", 0, 0, 0), *((*v, max(plan.steps))
-              for v in variants(plan) if v[1] == plan.ranks[0])]]  # fmt: skip
-    rows = [(label, Image.open(file)) for label, file in sheets if file.exists()]
+def grid(folder: Path, cells: Sequence[Cell], path: Path) -> bool:
+    """A row of pictures for each trial at its last checkpoint; False if there are none."""
+    files = {title(cell.arm): folder / cell.picture_name(max(cell.steps)) for cell in cells}
+    rows = {label: Image.open(file) for label, file in files.items() if file.exists()}
     if not rows:
         return False
-    label_width, given = 150, CONCEPTS[concept]
-    width, height = rows[0][1].size
+    label_width, given = 150, CONCEPTS[cells[0].concept]
+    width, height = next(iter(rows.values())).size
     sheet = Image.new("RGB", (label_width + width, (height + 4) * (len(rows) + 1)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((4, height // 2), "the given picture", fill="black")
     sheet.paste(draw(given, training_setting(given)), (label_width, 0))
-    for number, (label, picture) in enumerate(rows, start=1):
+    for number, (label, picture) in enumerate(rows.items(), start=1):
         top = number * (height + 4)
         pen.text((4, top + height // 2), label, fill="black")
         sheet.paste(picture, (label_width, top))

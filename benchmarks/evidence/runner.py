@@ -25,8 +25,8 @@ Result = tuple[Cell, list[tuple[int, store.Record]]]
 
 def _save_pictures(folder: Path, cell: Cell, step: int, pictures: list[Image.Image]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{cell.concept}.{cell.seed}.{cell.arm}.r{cell.r}.min{cell.r_min}.{step}.png"
-    contact_sheet(pictures, columns=len(pictures), scale=1).save(folder / name)
+    sheet = contact_sheet(pictures, columns=len(pictures), scale=1)
+    sheet.save(folder / cell.picture_name(step))
 
 
 def run_cell(cell: Cell, folder: Path, device: str) -> Result:

@@ -44,7 +44,10 @@ def missing(cells: Iterable[Cell], records: list[Record]) -> list[Cell]:
 def append(path: Path, cell: Cell, results: Iterable[tuple[int, Record]]) -> None:
     """Write all checkpoints of a cell at once, on lines of their own."""
     settings = {name: value for name, value in asdict(cell).items() if name != "steps"}
-    lines = [json.dumps({**settings, "step": step, **_rounded(v)}) for step, v in results]
+    lines = [
+        json.dumps({**settings, "step": step, **_rounded(v)}, separators=(",", ":"))
+        for step, v in results
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.read_bytes() if path.exists() else b""
     kept = whole[: whole.rfind(b"\n") + 1]  # without a line that an interruption cut off

@@ -10,12 +10,12 @@ from evidence.arms import BANDS, BASE, title
 from evidence.plan import (
     Plan,
     Variant,
+    at_rank,
     best_settings,
     comparison_cells,
     equal_rate_cells,
     score,
     setting_of,
-    stages,
     tuning_cells,
     variants,
 )
@@ -178,7 +178,7 @@ def equal_rates(records: Sequence[Record], plan: Plan) -> list[str]:
     cells = equal_rate_cells(plan, records)
     if {cell.key for cell in cells} <= {cell.key for cell in comparison_cells(plan, records)}:
         return []
-    chosen, main = records_of(records, cells), stages(plan)[0]
+    chosen, main = records_of(records, cells), at_rank(plan, plan.ranks[0])
     (rate,) = {cell.lr for cell in cells if cell.arm != BASE}
     parts = [f"## Equal rates ({rate:g})\n", matched_table(chosen, plan, main)]
     for step in sorted(plan.steps, reverse=True):

@@ -51,6 +51,11 @@ class Cell:
         """Equal for trials that train the same weights."""
         return (self.arm, self.concept, self.seed, self.r, self.r_min, self.lr)
 
+    def picture_name(self, step: int) -> str:
+        """Where the pictures of a checkpoint are kept."""
+        ranks = f"r{self.r}.min{self.r_min}.lr{self.lr:g}"
+        return f"{self.concept}.{self.seed}.{self.arm}.{ranks}.{step}.png"
+
 
 @lru_cache
 def _pipeline(device: str) -> Any:
