@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +339,15 @@ def test_the_main_comparison_runs_first_and_the_first_rank_alone_has_every_minim
     found = {(c.r, c.r_min) for c in cells if c.arm == "tlora"}
     assert found == {(16, 8), (16, 4), (4, 2), (64, 32)}
     assert {c.r for c in cells if c.arm in BANDS} == {16}
+
+
+def test_the_committed_results_have_every_trial_of_both_plans():
+    path = Path(__file__).parents[1] / "benchmarks/results/evidence-full.jsonl"
+    records = store.load(path)
+    for name, chosen in plan.PLANS.items():
+        cells = plan.comparison_cells(chosen, records) + plan.equal_rate_cells(chosen, records)
+        assert not store.missing(cells + plan.tuning_cells(chosen), records), name
+    assert path.stat().st_size < 5_000_000
 
 
 def test_test_trials_take_the_rate_that_scored_best_in_tuning():

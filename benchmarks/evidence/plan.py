@@ -44,11 +44,11 @@ class Plan:
 
 PLANS = {
     "full": Plan(),
-    # the arms once on as many concepts as an interval needs, untuned and without the bands
+    # part of the full run's equal rates: on as many concepts as an interval needs, with one seed
     "quick": Plan(
         ranks=(16,),
         shares=(0.5,),
-        rates=(1e-3,),
+        rates=(2e-3,),
         tuning=0,
         test=5,
         seeds=1,
