@@ -43,14 +43,14 @@ class QuantizedLinear(TLoraLayer):
             variant = self.tlora_variant(name)
             if variant is not None and name not in self.merged_adapters:
                 variant.settle(self)
-        with self._keeping_bias():
+        with self._keeping_base():
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         """Take the merged adapters out again, each at the rank that it was merged with."""
         self._unmerging = True
         try:
-            with self._keeping_bias():
+            with self._keeping_base():
                 super().unmerge()
         finally:
             self._unmerging = False
@@ -63,8 +63,14 @@ class QuantizedLinear(TLoraLayer):
         return variant.delta_weight(self, adapter, variant.merged_rank)
 
     @contextmanager
-    def _keeping_bias(self) -> Iterator[None]:
-        """PEFT's HQQ layer quantises the merged weight into a new base layer without the bias."""
+    def _keeping_base(self) -> Iterator[None]:
+        """Keep what PEFT's merge would misread or lose of the base layer.
+
+        On CPUs with bfloat16 instructions the first inference of bitsandbytes' 4-bit layer packs
+        its weight in another way, and only its state dict unpacks it. PEFT's HQQ layer quantises
+        the merged weight into a new base layer without the bias.
+        """
+        self.get_base_layer().state_dict()
         bias = getattr(self.get_base_layer(), "bias", None)
         yield
         base: Any = self.get_base_layer()
