@@ -193,7 +193,8 @@ def test_a_grid_shows_the_pictures_of_its_cells_alone(tmp_path):
     for cell, colour in zip(cells, ("red", "blue"), strict=True):
         Image.new("RGB", (40, 10), colour).save(tmp_path / cell.picture_name(100))
     assert plots.grid(tmp_path, cells[1:], tmp_path / "grid.png")
-    colours = {c for _, c in Image.open(tmp_path / "grid.png").convert("RGB").getcolors(10**5)}
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
+    colours = set(map(tuple, pixels.tolist()))
     assert (0, 0, 255) in colours
     assert (255, 0, 0) not in colours
     other = trial.Cell("ortho", SPLITS["test"][0].name, 0, 16)

@@ -21,7 +21,9 @@ SCENES = 64
 def kept_after(pipeline: Any, count: int = SCENES, seed: int = 0) -> dict[int, dict[str, float]]:
     """The shares of scenes that keep each attribute, by the timestep they were noised up to."""
     scenes = held_out_scenes(count, seed)
-    again = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    again: Any = StableDiffusionImg2ImgPipeline(
+        **pipeline.components, requires_safety_checker=False
+    )
     again.set_progress_bar_config(disable=True)
     shares = {}
     for left in range(1, SAMPLING["steps"] + 1):
