@@ -238,6 +238,16 @@ def test_the_denoiser_is_trained_with_what_its_pipeline_samples_it_with(name, to
     assert (timestep.item() <= 1) == (sampled["timestep"].max().item() <= 1)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_latents_are_what_the_pipeline_decodes(name, tokenizer, concepts):
+    pipeline, vae = TINY[name](tokenizer), TINY[name](tokenizer).vae
+    latents = families.encode(pipeline, concepts[0].image)
+    pixels = pipeline.image_processor.preprocess(concepts[0].image)
+    undone = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    with torch.no_grad():
+        torch.testing.assert_close(undone, vae.encode(pixels).latent_dist.mean)
+
+
 def test_patches_of_flux_are_its_pipelines(tokenizer, concepts):
     pipeline = tiny_flux(tokenizer)
     latents = families.encode(pipeline, concepts[0].image)

@@ -45,7 +45,7 @@ def fronts(test: Sequence[Record], plan: Plan, rank: int, path: Path) -> None:
             if part
         ]
         axes.plot(*np.array(points).T, "o", markersize=4, color=line.get_color())
-    axes.set_xlim(left=0.1)  # what random pictures have
+    axes.set_xlim(left=0.1)  # pictures of noise have 0.12
     axes.set(xlabel="concept fidelity (overlap)", ylabel="text alignment", title=f"rank {rank}")
     axes.legend(fontsize=7, loc="lower left")
     _save(figure, path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
-from evidence.training import Conditions, Noising, noising_of
+from evidence.training import NUM_TRAIN_TIMESTEPS, Conditions, Noising, noising_of
 from PIL import Image
 from torch.nn import functional as F
 
@@ -92,7 +92,7 @@ def flow_matching(
     clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Straight lines from the picture to noise: noisy input, its share of noise, velocity."""
-    share = (timesteps + 1) / 1000
+    share = (timesteps + 1) / NUM_TRAIN_TIMESTEPS
     mixed = torch.lerp(clean.float(), noise.float(), share.view(-1, *[1] * (clean.dim() - 1)))
     return mixed.to(clean.dtype), share, noise - clean
 
