@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from .config import TLoraConfig
 from .integrations import diffusers, peft
-from .integrations.diffusers import load_tlora_weights
+from .loading import load_tlora_weights
 from .model import TLoraModel
 from .regularization import orthogonality_loss
 from .schedule import active_rank

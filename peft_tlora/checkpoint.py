@@ -2,16 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .config import TLoraConfig
-from .encoding import decode_recipe, decode_schedule
-from .frozen import Recipe
+from .encoding import Encoded, decode_schedule
 from .schedule import RankSchedule
 
 SCHEDULE = ".lora_schedule.weight"
+_LAMBDA = ".lora_lambda.weight"
 Number = TypeVar("Number", int, float)
 
 
@@ -20,13 +21,18 @@ def is_tlora(state_dict: Mapping[str, Tensor]) -> bool:
     return any(key.endswith(SCHEDULE) for key in state_dict)
 
 
+def is_half(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether weights are the trained tensors of a T-LoRA adapter without its schedule."""
+    return not is_tlora(state_dict) and any(key.endswith(_LAMBDA) for key in state_dict)
+
+
 def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
     """Rebuild the configuration of an adapter from its weights.
 
     The schedule, min_rank, the timestep range, lora_alpha and use_rslora come from the schedule
     tensors, r and rank_pattern from the shapes, target_modules from the names. Dropout and the like
-    are not in the weights and keep their defaults; neither is how the adapter was initialised, save
-    in a file without frozen factors.
+    are not in the weights and keep their defaults; neither is how the adapter was initialised, if
+    the file holds its start.
 
     Args:
         state_dict: Weights as `peft.get_peft_model_state_dict` returns them or a file holds them.
@@ -46,39 +52,29 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         )
     ranks = {layer: state_dict[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
     decoded = {
-        layer: decode_schedule(state_dict[layer + SCHEDULE], ranks[layer]) for layer in layers
+        layer: decode_schedule(state_dict[layer + SCHEDULE], ranks[layer], layer)
+        for layer in layers
     }
-    alphas = {layer: decoded[layer][1] for layer in layers}
+    alphas = {layer: encoded.lora_alpha for layer, encoded in decoded.items()}
     shared = {
-        (
-            schedule.min_rank,
-            schedule.kind,
-            schedule.exponent,
-            schedule.num_train_timesteps,
-            schedule.timestep_reversed,
-            schedule.timestep_type,
-            schedule.rank_multiple,
-            use_rslora,
-        )
-        for schedule, _, use_rslora in decoded.values()
+        (replace(encoded.schedule, r=1), encoded.use_rslora) for encoded in decoded.values()
     }
     if len(shared) > 1:
         raise ValueError(
             f"The layers of one adapter must share one schedule, found {len(shared)}: {shared}."
         )
-    schedule, _, use_rslora = decoded[layers[0]]
-    r, rank_pattern = _pattern(ranks)
-    lora_alpha, alpha_pattern = _pattern(alphas)
-    ortho = all(f"{layer}.lora_lambda.weight" in state_dict for layer in layers)
+    first = decoded[layers[0]]
+    r, rank_pattern = pattern_of(ranks)
+    lora_alpha, alpha_pattern = pattern_of(alphas)
     return TLoraConfig(
         r=r,
         rank_pattern=rank_pattern,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
         alpha_pattern=alpha_pattern,
-        use_rslora=use_rslora,
+        use_rslora=first.use_rslora,
         target_modules=layers,
-        **schedule_fields(schedule),
-        **_initialisation_fields(decode_recipe(state_dict[layers[0] + SCHEDULE]), ortho),
+        **schedule_fields(first.schedule),
+        **initialisation_fields(state_dict, first),
     )
 
 
@@ -97,17 +93,21 @@ def schedule_fields(schedule: RankSchedule) -> dict[str, Any]:
     return fields
 
 
-def _initialisation_fields(recipe: Recipe | None, ortho: bool) -> dict[str, Any]:
-    if recipe is None:
-        return {"ortho_init": "last" if ortho else None}
+def initialisation_fields(state_dict: Mapping[str, Tensor], encoded: Encoded) -> dict[str, Any]:
+    """The fields of a config that make the start of an adapter with such weights."""
+    if not any(key.endswith(_LAMBDA) for key in state_dict):
+        return {"ortho_init": None}
+    held = any(key.endswith(".lora_lambda_init.weight") for key in state_dict)
+    if encoded.recipe is None:  # the file's start takes the place of the one made from the config
+        return {"ortho_init": "last", "save_initial_factors": True}
     return {
-        "ortho_init": recipe.choice,
-        "init_seed": recipe.seed,
-        "save_initial_factors": False,
+        "ortho_init": encoded.recipe.choice,
+        "init_seed": encoded.recipe.seed,
+        "save_initial_factors": held,
     }
 
 
-def _pattern(values: dict[str, Number]) -> tuple[Number, dict[str, Number]]:
+def pattern_of(values: dict[str, Number]) -> tuple[Number, dict[str, Number]]:
     """The most common value, and those of the layers that differ from it."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {f"^{layer}": value for layer, value in values.items() if value != common}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .checkpoint import schedule_fields
 from .config import TLoraConfig
+from .factors import Factor
 from .functional import interleave
-from .layer import Factor, TLoraLayer
+from .layer import TLoraLayer
 from .ranks import Layer, groups_of
 from .schedule import RankSchedule
 
@@ -154,7 +155,7 @@ def _plain_config(config: TLoraConfig, combination: Combination) -> TLoraConfig:
     plain.r = config.r * columns
     plain.rank_pattern = {key: r * columns for key, r in (config.rank_pattern or {}).items()}
     plain.use_rslora = False
-    plain.ortho_init, plain.ortho_source, plain.save_initial_factors = None, "random", True
+    plain.ortho_init, plain.ortho_source, plain.save_initial_factors = None, "random", False
     schedule, multiple = combination.schedule, combination.rank_multiple
     if schedule is None:
         schedule = RankSchedule(1, 1.0, "constant")

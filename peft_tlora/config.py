@@ -46,8 +46,8 @@ class TLoraConfig(LoraConfig):
 
     Every argument of `LoraConfig` keeps its meaning, save those that make no sense here: they are
     refused by name. `init_lora_weights` initialises Vanilla T-LoRA (`ortho_init=None`); with an
-    orthogonal initialisation only `init_lora_weights=False` has an effect: the trained factors then
-    differ from the frozen ones and the adapter is not the identity, as with LoRA. Embeddings, and
+    orthogonal initialisation only `init_lora_weights=False` has an effect: the trained differences
+    then aren't zero and the adapter is not the identity, as with LoRA. Embeddings, and
     the layers tied to them with `ensure_weight_tying`, see no timestep: they get plain LoRA at full
     rank.
 
@@ -71,11 +71,14 @@ class TLoraConfig(LoraConfig):
             0.25 ln(sigma), as EDM's schedulers have it. None takes it from the denoiser's class.
             For UNet2DConditionModel, where the scheduler decides, the values tell then, unless
             `num_train_timesteps` or `timestep_reversed` is given.
-        init_seed: Makes the initialisation a function of the seed and each layer's name and shape,
-            on any device and in any order of layers. None draws a seed from torch's generator.
-        save_initial_factors: Whether files hold the frozen factors of an orthogonal initialisation.
-            False makes them about as small as LoRA's: the factors are made from `init_seed`, which
-            must be given, again when a file is loaded, and compared with a checksum.
+        init_seed: Seed of the orthogonal initialisation, from 0 to 2^63 - 1. The start is a
+            function of it and each layer's name and shape, on any device and in any order of
+            layers: with the default, that of every process, adapter and later load. None draws a
+            seed from torch's generator and puts it here. Vanilla T-LoRA and
+            `init_lora_weights=False` draw from torch's generator, as LoRA does.
+        save_initial_factors: Whether files hold the frozen factors, too, for other readers. Without
+            them a file is about as small as LoRA's, and whoever loads it makes the factors again;
+            those of `ortho_source="weight"` are always in the file.
         library_name: "peft_tlora": names this package in a saved configuration, for readers that
             don't know the type TLORA.
 
@@ -110,10 +113,10 @@ class TLoraConfig(LoraConfig):
         default=None, metadata={"help": "Linear time or 0.25 ln(sigma); None asks the model."}
     )
     init_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the initialisation, whatever the device."}
+        default=0, metadata={"help": "Seed of the orthogonal initialisation; None draws one."}
     )
     save_initial_factors: bool = field(
-        default=True, metadata={"help": "Whether files hold the frozen factors."}
+        default=False, metadata={"help": "Whether files hold the frozen factors."}
     )
     library_name: str = field(
         default="peft_tlora", metadata={"help": "The package to import before loading."}
@@ -223,23 +226,14 @@ class TLoraConfig(LoraConfig):
         if self.init_seed is not None:
             if isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int):
                 raise TypeError(f"init_seed must be an int or None, got {self.init_seed!r}.")
-            if self.init_seed < 0:
-                raise ValueError(f"init_seed must be at least 0, got {self.init_seed}.")
-        self._check_compact_files()
-
-    def _check_compact_files(self) -> None:
+            if not 0 <= self.init_seed < 2**63:
+                raise ValueError(f"init_seed must lie in [0, 2^63 - 1], got {self.init_seed}.")
         if not isinstance(self.save_initial_factors, bool):
             raise TypeError(
                 f"save_initial_factors must be a bool, got {self.save_initial_factors!r}."
             )
-        if self.save_initial_factors:
-            return
-        reason = None
-        if self.ortho_init is None:
-            reason = "has no effect with ortho_init=None, which has none: leave it True"
-        elif self.ortho_source != "random":
-            reason = "needs ortho_source='random': the SVD of a weight can't be repeated bit by bit"
-        elif self.init_seed is None:
-            reason = "needs an init_seed, from which the factors are made again: pass an int"
-        if reason:
-            raise ValueError(f"save_initial_factors=False {reason}.")
+        if self.save_initial_factors and self.ortho_init is None:
+            raise ValueError(
+                "save_initial_factors=True has no effect with ortho_init=None, which has none: "
+                "leave it out."
+            )

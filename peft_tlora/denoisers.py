@@ -177,6 +177,14 @@ def find_denoiser(model: nn.Module, layer_name: str) -> tuple[nn.Module, Denoise
     return next(iter(known or takers), None)
 
 
+def name_inside(model: nn.Module, layer_name: str, holder: nn.Module) -> str:
+    """The name that a layer of a model has in one of the modules on its path."""
+    module, parts = model, layer_name.split(".")
+    while module is not holder and parts:
+        module = getattr(module, parts.pop(0))
+    return ".".join(parts)
+
+
 def library_of(cls: type[nn.Module]) -> str:
     """The package that defines a class."""
     return cls.__module__.partition(".")[0]

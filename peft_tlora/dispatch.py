@@ -37,4 +37,5 @@ def as_tlora_layer(layer: nn.Module, layer_name: str) -> Layer:
     object.__setattr__(extended, "__dict__", layer.__dict__)
     for name in ("lora_lambda", *FROZEN):
         setattr(extended, name, nn.ModuleDict())
+    extended.recipes = {}
     return extended

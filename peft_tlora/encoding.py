@@ -1,6 +1,13 @@
-"""A schedule as a tensor that travels with the weights, so that a file describes itself."""
+"""A schedule as a tensor that travels with the weights, so that a file describes itself.
+
+Hosts cast, average and copy a file's tensors without asking what they are. So the tensor is of
+whole numbers from 0 to 7, which every floating-point dtype down to float8_e5m2 holds exactly and
+whose average with themselves is themselves, with a checksum that finds a mixture of two.
+"""
 
 import struct
+import zlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,90 +17,113 @@ from .orthogonal import ORTHO_INITS
 from .schedule import RANK_SCHEDULES, TIMESTEP_TYPES, RankSchedule
 
 _VERSION = 1
-_LENGTH = 14
+# version, kind, exponent, min_rank, whether it is a fraction, num_train_timesteps, reversed,
+# lora_alpha, use_rslora, timestep type, rank_multiple; of the recipe of the start choice, seed,
+# in_features and fingerprint; zero bytes, so that the length is a multiple of 3; checksum
+_LAYOUT = struct.Struct("<BBdd?d?d?bIbQI24b4xI")
+_NONE = -1  # for an index: no timestep type, no recipe
+_DIGITS = 8 * _LAYOUT.size // 3
+_TOLERANCE = 0.125  # what averaging in bfloat16 may add
+_SHIFTS = torch.arange(21, -1, -3)
 
 
-def encode_schedule(
-    schedule: RankSchedule, lora_alpha: float, use_rslora: bool, recipe: Recipe | None = None
-) -> Tensor:
-    """Write a schedule, LoRA's scaling and a recipe into an int64 tensor of shape (14,).
+class Encoded(NamedTuple):
+    """What the tensor of a layer says.
 
-    Such a tensor travels with the weights, so that a file without config and metadata describes
-    itself. Floats are kept as the bits of their float64, because hosts cast floating-point tensors
-    to the model's dtype but leave integers alone. Layout: version, kind (index in
-    `RANK_SCHEDULES`), exponent, min_rank, whether min_rank is a fraction, num_train_timesteps,
-    timestep_reversed, lora_alpha, use_rslora, timestep_type (index in `TIMESTEP_TYPES`, or
-    -1 for None), rank_multiple, and of the recipe of frozen factors that the file leaves out: the
-    choice (index in `ORTHO_INITS`, or -1 without a recipe), seed and checksum.
+    Args:
+        schedule: The layer's rank schedule.
+        lora_alpha: LoRA's alpha.
+        use_rslora: Whether the scaling is alpha / sqrt(r) in the place of alpha / r.
+        recipe: What the start is made of; None if there is none, or the file holds it.
     """
-    timestep_type = schedule.timestep_type
-    return torch.tensor(
-        [
-            _VERSION,
-            RANK_SCHEDULES.index(schedule.kind),
-            _float_to_bits(schedule.exponent),
-            _float_to_bits(schedule.min_rank),
-            isinstance(schedule.min_rank, float),
-            _float_to_bits(schedule.num_train_timesteps),
-            schedule.timestep_reversed,
-            _float_to_bits(lora_alpha),
-            use_rslora,
-            -1 if timestep_type is None else TIMESTEP_TYPES.index(timestep_type),
-            schedule.rank_multiple,
-            -1 if recipe is None else ORTHO_INITS.index(recipe.choice),
-            0 if recipe is None else recipe.seed,
-            0 if recipe is None else recipe.checksum,
-        ],
-        dtype=torch.int64,
-    )
+
+    schedule: RankSchedule
+    lora_alpha: float
+    use_rslora: bool
+    recipe: Recipe | None = None
 
 
-def decode_schedule(encoded: Tensor, r: int) -> tuple[RankSchedule, float, bool]:
-    """Inverse of `encode_schedule`: the schedule of a layer of rank `r`, lora_alpha, use_rslora.
+def encode_schedule(encoded: Encoded) -> Tensor:
+    """Write what a layer's tensor says as octal digits, in float16 of shape (digits,)."""
+    schedule, lora_alpha, use_rslora, recipe = encoded
+    kind, type_ = schedule.kind, schedule.timestep_type
+    fields = [
+        *(_VERSION, RANK_SCHEDULES.index(kind), schedule.exponent),
+        *(float(schedule.min_rank), isinstance(schedule.min_rank, float)),
+        *(schedule.num_train_timesteps, schedule.timestep_reversed, lora_alpha, use_rslora),
+        _NONE if type_ is None else TIMESTEP_TYPES.index(type_),
+        schedule.rank_multiple,
+        *(
+            (_NONE, 0, 0, *([0] * 24))
+            if recipe is None
+            else (
+                *(ORTHO_INITS.index(recipe.choice), recipe.seed, recipe.in_features),
+                *recipe.fingerprint,
+            )
+        ),
+    ]
+    raw = _LAYOUT.pack(*fields, 0)
+    raw = raw[:-4] + struct.pack("<I", zlib.crc32(raw[:-4]))
+    words = torch.tensor(list(raw)).view(-1, 3) @ torch.tensor([1 << 16, 1 << 8, 1])
+    return (words[:, None] >> _SHIFTS & 7).flatten().half()
+
+
+def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
+    """Inverse of `encode_schedule`, of any dtype, for a layer of rank `r`.
 
     Raises:
-        ValueError: If the tensor isn't a schedule of a known version.
+        ValueError: If the tensor isn't one schedule of a known version.
     """
-    known = encoded.dtype == torch.int64 and encoded.shape == (_LENGTH,)
-    values = encoded.tolist() if known else [0]
-    if (
-        values[0] != _VERSION
-        or not 0 <= values[1] < len(RANK_SCHEDULES)
-        or not -1 <= values[9] < len(TIMESTEP_TYPES)
-        or values[10] < 1
-        or not -1 <= values[11] < len(ORTHO_INITS)
-        or not (values[4] or _bits_to_float(values[3]).is_integer())
-    ):
+    if tensor.shape != (_DIGITS,):
         raise ValueError(
-            f"lora_schedule must be an int64 tensor of shape ({_LENGTH},) with version "
-            f"{_VERSION} in front, got {encoded.dtype} of shape {tuple(encoded.shape)}: "
-            f"{encoded}. The file is damaged or was written by a newer peft_tlora."
+            f"lora_schedule of layer {layer[:200]} must have the shape ({_DIGITS},), got "
+            f"{tuple(tensor.shape)}: the file was written by another version of peft_tlora. Save "
+            "the adapter again with this one."
         )
-    _, kind, exponent, min_rank, is_fraction, total, is_reversed = values[:7]
-    lora_alpha, use_rslora, type_, multiple = values[7:11]
-    minimum = _bits_to_float(min_rank)
+    values = tensor.detach().cpu().double()
+    digits = values.round()
+    whole = ((values - digits).abs() <= _TOLERANCE) & (digits >= 0) & (digits <= 7)
+    fields = _fields(digits.long()) if whole.all() else None
+    if fields is None:
+        broken = "doesn't add up" if whole.all() else "isn't of whole numbers from 0 to 7"
+        raise ValueError(
+            f"lora_schedule of layer {layer[:200]} {broken}. Either files of different schedules, "
+            "ranks or seeds were averaged or a file was multiplied by a weight, which leaves no "
+            "schedule: average adapters of one config, with weights whose sum is 1, or combine "
+            "them with add_weighted_adapter. Or the file is damaged."
+        )
+    version, kind, exponent, min_rank, is_fraction, total, is_reversed = fields[:7]
+    lora_alpha, use_rslora, type_, multiple, choice, seed, in_features = fields[7:14]
+    known = (
+        kind < len(RANK_SCHEDULES)
+        and _NONE <= type_ < len(TIMESTEP_TYPES)
+        and _NONE <= choice < len(ORTHO_INITS)
+        and (is_fraction or min_rank.is_integer())
+    )
+    if version != _VERSION or not known:
+        raise ValueError(
+            f"lora_schedule of layer {layer[:200]} has version {version} or values that this "
+            f"peft_tlora, which writes version {_VERSION}, doesn't know: install the one that wrote "
+            "the file."
+        )
     schedule = RankSchedule(
         r=r,
-        min_rank=minimum if is_fraction else int(minimum),
+        min_rank=min_rank if is_fraction else int(min_rank),
         kind=RANK_SCHEDULES[kind],  # pyright: ignore[reportArgumentType]
-        exponent=_bits_to_float(exponent),
-        num_train_timesteps=_bits_to_float(total),
-        timestep_reversed=bool(is_reversed),
-        timestep_type=None if type_ == -1 else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
+        exponent=exponent,
+        num_train_timesteps=total,
+        timestep_reversed=is_reversed,
+        timestep_type=None if type_ == _NONE else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
         rank_multiple=multiple,
     )
-    return schedule, _bits_to_float(lora_alpha), bool(use_rslora)
+    recipe = None
+    if choice != _NONE:
+        recipe = Recipe(ORTHO_INITS[choice], seed, in_features, tuple(fields[14:38]))  # pyright: ignore[reportArgumentType]
+    return Encoded(schedule, lora_alpha, use_rslora, recipe)
 
 
-def decode_recipe(encoded: Tensor) -> Recipe | None:
-    """The recipe in a tensor that `decode_schedule` takes; None if the file has the factors."""
-    choice, seed, checksum = encoded.tolist()[11:]
-    return None if choice == -1 else Recipe(ORTHO_INITS[choice], seed, checksum)  # pyright: ignore[reportArgumentType]
-
-
-def _float_to_bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
-def _bits_to_float(bits: int) -> float:
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
+def _fields(digits: Tensor) -> tuple | None:
+    words = (digits.view(-1, 8) << _SHIFTS).sum(1)
+    raw = bytes((words[:, None] >> torch.tensor([16, 8, 0]) & 255).flatten().tolist())
+    fields = _LAYOUT.unpack(raw)
+    return fields[:-1] if fields[-1] == zlib.crc32(raw[:-4]) else None

@@ -8,35 +8,37 @@ from torch.nn.functional import linear
 
 
 class Factors(NamedTuple):
-    """The tensors of one adapter in one layer; the last four are None for Vanilla T-LoRA.
+    """The tensors of one adapter in one layer: what is trained, and the start that it is added to.
+
+    The last four are None for Vanilla T-LoRA, whose `dq` and `dp` are LoRA's A and B.
 
     Args:
-        q: Trained down-projection of shape (r, in, *kernel).
-        p: Trained up-projection of shape (out, r / groups, *ones).
-        lam: Trained singular values of shape (r,).
-        q0: Frozen initial value of `q`.
-        p0: Frozen initial value of `p`.
-        lam0: Frozen initial value of `lam`.
+        dq: Trained difference of the down-projection, of shape (r, in, *kernel).
+        dp: Trained difference of the up-projection, of shape (out, r / groups, *ones).
+        dlam: Trained difference of the singular values, of shape (r, 1).
+        q0: Frozen start of the down-projection, shaped like `dq`.
+        p0: Frozen start of the up-projection, shaped like `dp`.
+        lam0: Frozen start of the singular values, of shape (r, 1).
     """
 
-    q: Tensor
-    p: Tensor
-    lam: Tensor | None = None
+    dq: Tensor
+    dp: Tensor
+    dlam: Tensor | None = None
     q0: Tensor | None = None
     p0: Tensor | None = None
     lam0: Tensor | None = None
 
     def first(self, ranks: int | None) -> "Factors":
         """The factors of the first ranks of an adapter without groups, None for all."""
-        q, p, lam, q0, p0, lam0 = self
-        if ranks is None or ranks >= len(q):
+        dq, dp, dlam, q0, p0, lam0 = self
+        if ranks is None or ranks >= len(dq):
             return self
-        if lam is None or q0 is None or p0 is None or lam0 is None:
-            return Factors(q[:ranks], p[:, :ranks])
+        if dlam is None or q0 is None or p0 is None or lam0 is None:
+            return Factors(dq[:ranks], dp[:, :ranks])
         return Factors(
-            q.narrow(0, 0, ranks),
-            p.narrow(1, 0, ranks),
-            lam.narrow(0, 0, ranks),
+            dq.narrow(0, 0, ranks),
+            dp.narrow(1, 0, ranks),
+            dlam.narrow(0, 0, ranks),
             q0.narrow(0, 0, ranks),
             p0.narrow(1, 0, ranks),
             lam0.narrow(0, 0, ranks),
@@ -44,16 +46,23 @@ class Factors(NamedTuple):
 
     def fused(self, groups: int = 1) -> tuple[Tensor, Tensor]:
         """Down- and up-projection, to be gated in between; see `fuse_factors`."""
-        q, p, lam, q0, p0, lam0 = self
-        if lam is None or q0 is None or p0 is None or lam0 is None:
-            return q, p
-        return fuse_factors(q, p, lam, q0, p0, lam0, groups)
+        dq, dp, dlam, q0, p0, lam0 = self
+        if dlam is None or q0 is None or p0 is None or lam0 is None:
+            return dq, dp
+        return fuse_factors(dq, dp, dlam, q0, p0, lam0, groups)
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Q, P and lambda of the paper, start and difference together."""
+        dq, dp, dlam, q0, p0, lam0 = self
+        if dlam is None or q0 is None or p0 is None or lam0 is None:
+            return dq, dp, None
+        return q0 + dq, p0 + dp, lam0 + dlam
 
 
 def fuse_factors(
-    q: Tensor,
-    p: Tensor,
-    lam: Tensor,
+    dq: Tensor,
+    dp: Tensor,
+    dlam: Tensor,
     q0: Tensor,
     p0: Tensor,
     lam0: Tensor,
@@ -61,31 +70,29 @@ def fuse_factors(
 ) -> tuple[Tensor, Tensor]:
     """Write `P diag(lam m) Q - P0 diag(lam0 m) Q0` as one product of 2r columns.
 
-    It equals `up diag(m, m) down` with `up = [P - P0, P0]` and
-    `down = [lam Q; lam Q - lam0 Q0]`. In this form one factor of each summand is exactly zero at
-    initialisation, in every dtype and for every order of summation, and a small update is not the
-    rounded difference of two large ones.
+    With `P = P0 + dP` and so on it equals `up diag(m, m) down` with `up = [dP, P0]` and
+    `down = [lam Q; dlam Q0 + lam dQ]`: no two large numbers are subtracted, and as long as the
+    differences are zero, so is one factor of each summand, in every dtype.
 
     Args:
-        q: Trained down-projection of shape (r, in, *kernel).
-        p: Trained up-projection of shape (out, r / groups, *ones).
-        lam: Trained singular values of shape (r,).
-        q0: Frozen initial value of `q`.
-        p0: Frozen initial value of `p`.
-        lam0: Frozen initial value of `lam`.
+        dq: Trained difference of the down-projection, of shape (r, in, *kernel).
+        dp: Trained difference of the up-projection, of shape (out, r / groups, *ones).
+        dlam: Trained difference of the singular values, of shape (r, 1).
+        q0: Frozen start of the down-projection.
+        p0: Frozen start of the up-projection.
+        lam0: Frozen start of the singular values.
         groups: Groups of the up-projection.
 
     Returns:
-        down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the dtype of
-        the trained factors, which is at least as wide as that of the frozen ones.
+        down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the wider of
+        the dtypes of trained and frozen factors.
     """
-    column = (-1,) + (1,) * (q.dim() - 1)
-    scaled = lam.reshape(column) * q
-    # in the dtype of the trained factors before it is rounded, or the difference wouldn't be zero
-    lam0 = lam0 if lam0.dtype == lam.dtype else lam0.to(lam.dtype)
-    start = lam0.reshape(column) * q0
-    up = torch.cat([p - p0, p0], dim=1)
-    return pair(scaled, scaled - start, groups), up
+    if dq.dim() > 2:
+        column = (-1,) + (1,) * (dq.dim() - 1)
+        dlam, lam0 = dlam.reshape(column), lam0.reshape(column)
+    lam = lam0 + dlam
+    moved = torch.addcmul(dlam * q0, lam, dq)
+    return pair(lam * (q0 + dq), moved, groups), torch.cat([dp, p0], dim=1)
 
 
 def pair(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:

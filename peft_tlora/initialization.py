@@ -9,8 +9,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from .config import TLoraConfig
 from .denoisers import Layout
-from .frozen import Recipe, checksum, random_factors
-from .layer import Factor
+from .factors import Scale, empty_scale
+from .frozen import Recipe, Start, draw_start, fingerprint
 from .orthogonal import OrthoInit, weight_triplets
 from .ranks import Layer, groups_of
 from .schedule import RankSchedule
@@ -24,9 +24,8 @@ def add_tlora(
     adapter_name: str,
     config: TLoraConfig,
     layer_name: str,
+    start_name: str,
     schedule: RankSchedule,
-    *,
-    seed: int,
     layout: Layout,
 ) -> None:
     """Turn a new plain LoRA adapter of a layer into a T-LoRA adapter.
@@ -36,19 +35,18 @@ def add_tlora(
         adapter_name: Name of the adapter.
         config: Its configuration.
         layer_name: Name of the layer in the model.
+        start_name: The name that the layer's start is made from.
         schedule: The layer's rank schedule.
-        seed: Base seed of the orthogonal initialisation.
         layout: See `Denoiser.layout`.
     """
     lora_A = layer.lora_A[adapter_name]
     if isinstance(lora_A, _ConvNd):
         _match_convolution(lora_A, layer.get_base_layer())
-    recipe = None
+    variant = TLoraVariant(layer_name, start_name, schedule, layout)
     if config.ortho_init is not None:
-        recipe = _initialise(layer, adapter_name, config, config.ortho_init, layer_name, seed)
-    variant = TLoraVariant(layer_name, schedule, layout)
+        _initialise(layer, adapter_name, config, config.ortho_init, variant)
     layer.lora_variant[adapter_name] = variant
-    layer.keep_schedule(adapter_name, variant, recipe)
+    layer.keep_schedule(adapter_name, variant)
 
 
 def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
@@ -60,42 +58,33 @@ def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
 
 @torch.no_grad()
 def _initialise(
-    layer: Layer,
-    adapter_name: str,
-    config: TLoraConfig,
-    choice: OrthoInit,
-    layer_name: str,
-    seed: int,
-) -> Recipe | None:
-    q, p = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    recipe = None
-    from_file = config.inference_mode and config.save_initial_factors
-    if q.is_meta or from_file:
-        q.zero_()
-        p0, lam0, q0 = torch.zeros_like(p), q.new_zeros(len(q)), torch.zeros_like(q)
+    layer: Layer, adapter: str, config: TLoraConfig, choice: OrthoInit, variant: TLoraVariant
+) -> None:
+    dq, dp = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    seed, recipe = config.init_seed or 0, None
+    if config.ortho_source == "random":
+        start = draw_start(dq, dp, groups_of(layer), choice, seed=seed, name=variant.start_name)
+        recipe = Recipe(choice, seed, dq.shape[1], fingerprint(start))
+    elif dq.is_meta or config.inference_mode:  # a file follows; an SVD takes long
+        start = Start(torch.zeros(dq.shape), torch.zeros(dp.shape), torch.zeros(len(dq), 1))
     else:
-        if config.ortho_source == "weight":
-            factors = _weight_factors(layer, len(q), choice, layer_name, seed)
-        else:
-            factors = random_factors(q, p, groups_of(layer), choice, seed=seed, name=layer_name)
-        if not config.save_initial_factors:
-            recipe = Recipe(choice, seed, checksum(factors))
-        p0, lam0, q0 = (factor.to(q.device, q.dtype) for factor in factors)
-        p0, q0 = p0.reshape(p.shape), q0.reshape(q.shape)
-    layer.set_frozen(adapter_name, q0, p0, lam0, saved=config.save_initial_factors)
-    if config.init_lora_weights is False:
-        lam0 = torch.ones_like(lam0)
-    else:
-        q.copy_(q0)
-        p.copy_(p0)
-    layer.lora_lambda[adapter_name] = Factor(lam0.clone(), trainable=True)
-    return recipe
+        start = _weight_start(layer, dq, dp, choice, variant, seed)
+    # exact in 16 bits, so that a cast of a new adapter's factors costs nothing but what it must
+    dtype = dq.dtype if dq.dtype in _MATRIX_DTYPES else torch.bfloat16
+    device = "cpu" if dq.is_meta else dq.device
+    start = Start(*(factor.to(device, dtype) for factor in start))
+    layer.set_start(adapter, start, recipe, saved=config.save_initial_factors)
+    layer.lora_lambda[adapter] = Scale(empty_scale(dq, len(dq)), trainable=True)
+    if config.init_lora_weights is not False:
+        dq.zero_()
+        dp.zero_()
 
 
-def _weight_factors(
-    layer: Layer, r: int, choice: OrthoInit, layer_name: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the singular triplets of the base layer's weight."""
+def _weight_start(
+    layer: Layer, dq: Tensor, dp: Tensor, choice: OrthoInit, variant: TLoraVariant, seed: int
+) -> Start:
+    """The start from the singular triplets of the base layer's weight."""
+    layer_name = variant.ranks.layer_name
     base = layer.get_base_layer()
     name = "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
     weight: Any = getattr(base, name, None)
@@ -109,4 +98,5 @@ def _weight_factors(
             "ortho_source='random' or leave the layer out with exclude_modules."
         )
     matrix = transpose(weight, getattr(layer, "fan_in_fan_out", False)).flatten(1)
-    return weight_triplets(matrix, r, choice, seed=seed, name=layer_name)
+    p0, lam0, q0 = weight_triplets(matrix, len(dq), choice, seed=seed, name=variant.start_name)
+    return Start(q0.reshape(dq.shape), p0.reshape(dp.shape), lam0[:, None])

@@ -5,60 +5,33 @@ T-LoRA layer then takes its place (`peft_tlora.dispatch`), and the masked update
 adapter's variant, which is PEFT's way to change what a LoRA layer computes.
 """
 
-from itertools import chain
 from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from .encoding import decode_recipe, decode_schedule, encode_schedule
-from .frozen import Recipe, rebuild
+from .encoding import Encoded, decode_schedule, encode_schedule
+from .factors import Factor, Projection, Scale, plain_weight
+from .frozen import Recipe, Start, rebuild, widened
 from .functional import autocast_dtype
 from .ranks import groups_of
 from .timestep import TimestepLayer
 from .variant import TLoraVariant
 
-FROZEN = ("lora_A_init", "lora_B_init", "lora_lambda_init", "lora_schedule")
+START = ("lora_A_init", "lora_B_init", "lora_lambda_init")
+FROZEN = (*START, "lora_schedule")
 
-
-_NO_FROZEN_FACTORS = (
-    "The weights for {} come with a schedule but without frozen factors (lora_A_init, lora_B_init, "
-    "lora_lambda_init), and the adapter would compute something else without them. If the file has "
-    "them, load it into an adapter with save_initial_factors=True."
+_NO_START = (
+    "The weights for {} come with a schedule that says their start is in the file, but without it "
+    "(lora_A_init, lora_B_init, lora_lambda_init): the adapter would compute something else. Save "
+    "it where it was trained with get_peft_model_state_dict or save_pretrained."
 )
-
-
-class Factor(nn.Module):
-    """One tensor of an adapter, as a module so that its name ends in `.weight` as LoRA's do.
-
-    Args:
-        weight: The tensor.
-        trainable: Whether it becomes a parameter; a buffer if not.
-        saved: Whether a buffer belongs to the state dict.
-    """
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor, *, trainable: bool = False, saved: bool = True) -> None:
-        super().__init__()
-        if trainable:
-            self.weight = nn.Parameter(weight)
-        else:
-            self.register_buffer("weight", weight, persistent=saved)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes `x W^T + b` from tensors of its own, and nobody watches it."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__  # accelerate and diffusers wrap it
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-        and type(module.weight.data) is Tensor
-    )
+_HALF = (
+    "The weights for {} are lora_A and lora_B without lora_lambda: plain LoRA, which would act "
+    "beside the start of this T-LoRA adapter and not as it was trained. Load them into an adapter "
+    "with a LoraConfig, or if they are of a Vanilla T-LoRA into one with ortho_init=None."
+)
 
 
 class TLoraLayer(TimestepLayer, lora.LoraLayer):
@@ -74,6 +47,7 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
     lora_B_init: Any
     lora_lambda_init: Any
     lora_schedule: Any
+    recipes: dict[str, Recipe | None]
 
     def tlora_variant(self, adapter: str) -> TLoraVariant | None:
         """What a T-LoRA adapter computes in this layer; None for an adapter of another kind."""
@@ -114,91 +88,118 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
         """Delete an adapter, and its variant, which PEFT before 0.20 leaves to the next adapter."""
         super().delete_adapter(adapter_name)
         self.lora_variant.pop(adapter_name, None)
+        self.recipes.pop(adapter_name, None)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the containers of an adapter's tensors."""
+        return (*self.adapter_layer_names, *FROZEN)
+
+    def move_adapter(self, adapter: str, device: torch.device | str | int) -> None:
+        """Move all of an adapter's tensors to a device."""
+        for part in self.parts:
+            container = getattr(self, part)
+            if isinstance(container, nn.ModuleDict) and adapter in container:
+                container[adapter].to(device)
+
+    def start(self, adapter: str) -> Start:
+        """The frozen factors of an adapter with an orthogonal initialisation."""
+        return Start(*(getattr(self, name)[adapter].weight for name in START))
+
+    def set_start(
+        self, adapter: str, start: Start, recipe: Recipe | None, *, saved: bool = False
     ) -> None:
-        """Move without PEFT's cast to the base layer's dtype.
+        """Give an adapter its frozen factors.
 
-        PEFT calls this after it has put a file's tensors into an adapter made on the meta device.
-        Rounding the trained and the frozen factors there would lose most of their difference.
+        Args:
+            adapter: Name of the adapter.
+            start: The factors.
+            recipe: What they are made of; None if only a file can tell, which then holds them.
+            saved: Whether files hold them in any case.
         """
-        variant = self.tlora_variant(adapter_name)
-        if variant is None:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-            return
-        base: Any = self.get_base_layer()
-        device = device or next(chain(base.parameters(), base.buffers())).device
-        for name in self.adapter_layer_names + self.other_param_names:
-            container = getattr(self, name)
-            if not isinstance(container, nn.ModuleDict) or adapter_name not in container:
-                continue
-            factor = container[adapter_name]
-            if name == "lora_schedule" and factor.weight.is_meta:  # a file of plain LoRA has none
-                self.keep_schedule(adapter_name, variant)
-            elif not any(t.is_meta for t in chain(factor.parameters(), factor.buffers())):
-                factor.to(device)
+        saved = saved or recipe is None
+        self.lora_A_init[adapter] = Projection(start.q0, saved=saved)
+        self.lora_B_init[adapter] = Projection(start.p0, saved=saved)
+        self.lora_lambda_init[adapter] = Scale(start.lam0, saved=saved)
+        self.recipes[adapter] = recipe
 
-    def cast_frozen(self, adapter: str) -> None:
-        """Give an adapter's frozen factors the dtype of the trained ones."""
-        dtype = self.lora_A[adapter].weight.dtype
-        for name in FROZEN:
-            container = getattr(self, name)
-            if adapter in container:
-                container[adapter].to(dtype)  # leaves the integers of the schedule alone
-
-    def set_frozen(
-        self, adapter: str, q0: Tensor, p0: Tensor, lam0: Tensor, *, saved: bool
-    ) -> None:
-        """Give an adapter its frozen factors, and say whether a state dict holds them."""
-        self.lora_A_init[adapter] = Factor(q0, saved=saved)
-        self.lora_B_init[adapter] = Factor(p0, saved=saved)
-        self.lora_lambda_init[adapter] = Factor(lam0, saved=saved)
-
-    def keep_schedule(
-        self, adapter: str, variant: TLoraVariant, recipe: Recipe | None = None
-    ) -> None:
-        """Put an adapter's schedule among its weights, where a file takes it along.
-
-        So it does with the recipe of the frozen factors, if these stay out of the file.
-        """
+    def keep_schedule(self, adapter: str, variant: TLoraVariant) -> None:
+        """Put an adapter's schedule among its weights, where a file takes it along."""
         encoded = encode_schedule(
-            variant.ranks.schedule, self.lora_alpha[adapter], self.use_rslora[adapter], recipe
+            Encoded(
+                variant.ranks.schedule,
+                self.lora_alpha[adapter],
+                self.use_rslora[adapter],
+                self.recipes.get(adapter),
+            )
         )
-        self.lora_schedule[adapter] = Factor(encoded.to(self.lora_A[adapter].weight.device))
+        device = self.lora_A[adapter].weight.device
+        self.lora_schedule[adapter] = Factor(encoded.to("cpu" if device.type == "meta" else device))
+
+    def follow(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Follow what a file says of an adapter's schedule and start, before its weights come.
+
+        Trained tensors alone, as hosts save them that keep what requires grad, are taken for
+        those of an adapter of the same config.
+
+        Args:
+            adapter: Name of the adapter.
+            tensors: The file's tensors of this layer by name, such as "lora_A"; a start of another
+                shape is replaced by the one that fits.
+
+        Raises:
+            ValueError: If the weights are half of an adapter, or can't be of this layer.
+        """
+        variant = self.tlora_variant(adapter)
+        if variant is None or not tensors:
+            return
+        name = variant.ranks.layer_name
+        ortho = adapter in self.lora_lambda
+        if ortho and "lora_lambda" not in tensors and {"lora_A", "lora_B"} <= tensors.keys():
+            raise ValueError(_HALF.format(name))
+        encoded = None
+        if "lora_schedule" in tensors:
+            encoded = decode_schedule(tensors["lora_schedule"], self.r[adapter], name)
+            variant.follow(self, encoded.schedule)
+        if not ortho:
+            return
+        dq, dp = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        given = [tensors.get(part) for part in START]
+        if all(part is not None for part in given):
+            start = widened(Start(*given), dq)  # pyright: ignore[reportArgumentType]
+            tensors.update(zip(START, start, strict=True))
+            recipe = None if encoded is None else encoded.recipe
+            self.set_start(adapter, _placed(start, dq), recipe, saved=True)
+        elif encoded is not None and encoded.recipe is None:
+            raise ValueError(_NO_START.format(name))
+        elif encoded is not None and encoded.recipe not in (None, self.recipes[adapter]):
+            recipe = encoded.recipe
+            start = rebuild(recipe, dq, dp, groups_of(self), variant.start_name)  # pyright: ignore[reportArgumentType]
+            saved = "weight" not in self.lora_A_init[adapter]._non_persistent_buffers_set
+            self.set_start(adapter, _placed(start, dq), recipe, saved=saved)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """Load, and follow the schedule that the weights were trained with."""
+        """Load, and follow the schedule and the start that the weights were trained with."""
         super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportAttributeAccessIssue]
         for adapter in self.lora_variant:
-            encoded = state_dict.get(f"{prefix}lora_schedule.{adapter}.weight")
-            variant = self.tlora_variant(adapter)
-            if encoded is not None and variant is not None:
-                variant.follow(self, decode_schedule(encoded, self.r[adapter])[0])
-                if adapter in self.lora_lambda:
-                    recipe = decode_recipe(encoded)
-                    if recipe is None and f"{prefix}lora_A_init.{adapter}.weight" not in state_dict:
-                        raise ValueError(_NO_FROZEN_FACTORS.format(variant.ranks.layer_name))
-                    trained = state_dict[f"{prefix}lora_A.{adapter}.weight"]
-                    name = variant.ranks.layer_name
-                    self._follow_frozen(adapter, recipe, name, trained.dtype)
+            ours = f"{prefix}lora_A.{adapter}.weight" in state_dict
+            tensors: dict[str, Tensor] = {}
+            keys: dict[str, str] = {}
+            for part in self.parts:
+                # PEFT passes on without the adapter's name what the adapter wouldn't save
+                for key in (f"{prefix}{part}.{adapter}.weight", f"{prefix}{part}.weight")[: 1 + ours]:
+                    if key in state_dict:
+                        tensors[part], keys[part] = state_dict[key], key
+                        break
+            self.follow(adapter, tensors)
+            for part in keys.keys() & set(START):
+                del state_dict[keys[part]]
+                state_dict[f"{prefix}{part}.{adapter}.weight"] = tensors[part]
 
-    def _follow_frozen(
-        self, adapter: str, recipe: Recipe | None, layer_name: str, dtype: torch.dtype
-    ) -> None:
-        """Make the frozen factors that a file leaves out, or room for those that it has.
 
-        Made ones are rounded to the `dtype` of the file, as they would have been in it.
-        """
-        q0, p0, lam0 = (getattr(self, name)[adapter].weight for name in FROZEN[:3])
-        if recipe is not None:
-            like = q0
-            if q0.is_meta or decode_recipe(self.lora_schedule[adapter].weight) != recipe:
-                p0, lam0, q0 = rebuild(recipe, q0, p0, groups_of(self), layer_name)
-            q0, p0, lam0 = (factor.to(dtype) for factor in (q0, p0, lam0))
-            if not like.is_meta:
-                q0, p0, lam0 = (factor.to(like) for factor in (q0, p0, lam0))
-        self.set_frozen(adapter, q0, p0, lam0, saved=recipe is None)
+def _placed(start: Start, like: Tensor) -> Start:
+    """A start on the device of the trained factors; those on the meta device come later."""
+    return start if like.is_meta else Start(*(factor.to(like.device) for factor in start))
 
 
 class UnquantizedLayer(TLoraLayer):
@@ -236,7 +237,7 @@ class Linear(UnquantizedLayer, lora.Linear):
     def _forward_at_once(self, x: Tensor) -> Tensor | None:
         """The output, if base layer and update can be computed in one go; None if not."""
         base: Any = self.base_layer
-        if torch.compiler.is_compiling() or not is_plain_linear(base):
+        if torch.compiler.is_compiling() or plain_weight(base, nn.Linear) is None:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         variant = self.tlora_variant(names[0]) if len(names) == 1 else None
@@ -245,14 +246,17 @@ class Linear(UnquantizedLayer, lora.Linear):
         weight, bias, dropout = base.weight, base.bias, self.lora_dropout[names[0]]
         fits = (
             x.shape[-1] == base.in_features  # or the base layer has something to say
-            and x.dtype == weight.dtype == self.lora_A[names[0]].weight.dtype
+            and x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.float64)  # fewer bits would lose the update
             and autocast_dtype(x) is None
         )
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if not fits or trained or (dropout.training and not isinstance(dropout, nn.Identity)):
             return None
-        return variant.forward_of_linear(self, names[0], x)
+        factors = variant.plain_factors(self, names[0])
+        if factors is None or factors.dq.dtype != x.dtype:
+            return None
+        return variant.forward_of_linear(self, names[0], x, factors)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from .functional import Factors, add_product
-from .integrations.torch import has_transforms
 
 Gate = float | Tensor
 
@@ -37,7 +36,7 @@ def add_update(
         dtype: The dtype of the computation. The factors are fused in their own.
         first: How many ranks are computed and gated, None for all.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or has_transforms():
+    if not torch.is_grad_enabled():
         return _add_update(result, x, factors.first(first), gate, dtype)[0]
     return _AddUpdate.apply(result, x, gate, dtype, first, *factors)
 
@@ -63,8 +62,6 @@ def adapted_linear(
         gate: Mask times scaling, as for `add_update`.
         first: How many ranks are computed and gated, None for all.
     """
-    if has_transforms():
-        return add_update(linear(x, weight, bias), x, factors, gate, x.dtype, first)
     if not torch.is_grad_enabled():
         return _adapted_linear(x, weight, bias, factors.first(first), gate)[0]
     return _AdaptedLinear.apply(x, weight, bias, gate, first, *factors)
@@ -85,7 +82,7 @@ class _AddUpdate(torch.autograd.Function):
         part = factors.first(first)
         output, hidden = _add_update(result, x, part, gate, dtype)
         ctx.result_dtype, ctx.dtype, ctx.first = result.dtype, dtype, first
-        _save(ctx, gate, x, _trained(hidden, gate, len(part.q)), *factors)
+        _save(ctx, gate, x, _trained(hidden, gate, len(part.dq)), *factors)
         return output
 
     @staticmethod
@@ -117,7 +114,7 @@ class _AdaptedLinear(torch.autograd.Function):
         part = factors.first(first)
         output, hidden = _adapted_linear(x, weight, bias, part, gate)
         if hidden is not None:
-            hidden = _trained(hidden, gate, len(part.q))
+            hidden = _trained(hidden, gate, len(part.dq))
         ctx.first = first
         _save(ctx, gate, x, weight, hidden, *factors)
         return output
@@ -129,9 +126,9 @@ class _AdaptedLinear(torch.autograd.Function):
         part = factors.first(ctx.first)
         x_gradient = None
         if hidden is None:
-            q, p, lam = part[:3]
+            q, p, lam = part.whole()
             own = _first(gate, len(q))
-            hidden = _gated(linear(x, q if lam is None else lam[:, None] * q), own)
+            hidden = _gated(linear(x, q if lam is None else lam * q), own)
             inner = _gated(gradient @ p, own)  # the sum of both columns of a rank
             if ctx.needs_input_grad[0]:
                 x_gradient = gradient @ _updated(weight, part, gate)
@@ -215,22 +212,24 @@ def _factor_gradients(
             or of both columns of a rank, whose sum it is.
         outer: Gradient of the output of the layer, of shape (..., out).
     """
-    q, p, lam = factors[:3]
+    dq, dp, dlam, q0, _, lam0 = factors
     rows, first = x.shape[:-1].numel(), hidden.shape[-1]
     if inner.shape[-1] > first:
         inner = inner[..., :first] + inner[..., first:]
     hidden, inner = hidden.reshape(rows, first), inner.reshape(rows, first)
     # the product of this shape is faster than its transpose
-    (p_gradient,) = _cast(p.dtype, (hidden.mT @ outer.reshape(rows, len(p))).mT)
-    (q_gradient,) = _cast(q.dtype, inner.mT @ x.reshape(rows, q.shape[1]))  # of diag(lam) Q yet
+    (p_gradient,) = _cast(dp.dtype, (hidden.mT @ outer.reshape(rows, len(dp))).mT)
+    q_gradient = inner.mT @ x.reshape(rows, dq.shape[1])  # of diag(lam) Q yet
     lam_gradient = None
-    if lam is not None:
-        lam_gradient = (q_gradient * q[:first]).sum(1)
-        q_gradient = lam[:first, None] * q_gradient
-    rest = len(q) - first
+    if dlam is not None and q0 is not None and lam0 is not None:
+        lam_gradient = (q_gradient * (q0[:first] + dq[:first])).sum(1, keepdim=True)
+        q_gradient = (lam0[:first] + dlam[:first]) * q_gradient
+        (lam_gradient,) = _cast(dlam.dtype, lam_gradient)
+    (q_gradient,) = _cast(dq.dtype, q_gradient)
+    rest = len(dq) - first
     if rest > 0:  # the gradient of a rank that wasn't computed is zero
         q_gradient, p_gradient = pad(q_gradient, (0, 0, 0, rest)), pad(p_gradient, (0, rest))
-        lam_gradient = None if lam_gradient is None else pad(lam_gradient, (0, rest))
+        lam_gradient = None if lam_gradient is None else pad(lam_gradient, (0, 0, 0, rest))
     return q_gradient, p_gradient, lam_gradient, None, None, None
 
 

@@ -1,8 +1,7 @@
 """TLoraModel: PEFT's tuner for T-LoRA."""
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -12,13 +11,17 @@ from torch import Tensor, nn
 
 from .combination import as_plain_lora, order_by_rank, plan_combination
 from .config import TLoraConfig
-from .denoisers import Denoiser, find_denoiser
+from .denoisers import Denoiser, find_denoiser, name_inside
 from .dispatch import as_tlora_layer
+from .frozen import canonical_name
 from .hooks import connect, disconnect
 from .initialization import add_tlora
-from .integrations.diffusers import refuse_hotswap_preparation, refuse_other_base
+from .integrations.diffusers import (
+    refuse_hotswap_preparation,
+    refuse_other_base,
+    weights_of_file,
+)
 from .layer import TLoraLayer
-from .orthogonal import derive_seed
 from .ranks import Layer
 from .regularization import orthogonality_loss
 
@@ -48,18 +51,22 @@ class TLoraModel(LoraModel):
     ) -> None:
         """Add an adapter to a model and connect its layers with the model's timestep."""
         config = self.peft_config[adapter_name]
+        weights = weights_of_file(config)
         try:
             refuse_hotswap_preparation(model)
-            refuse_other_base(config, model)
+            if weights is not None:
+                refuse_other_base(weights, model.state_dict())
         except ValueError:
             del self.peft_config[adapter_name]  # PEFT put it there before
             raise
-        seed = getattr(config, "init_seed", None)
-        self._base_seed = int(torch.randint(2**62, ())) if seed is None else seed
+        if getattr(config, "init_seed", 0) is None:
+            config.init_seed = int(torch.randint(2**62, ()))  # in the config, where a file finds it
         self._oversized: list[str] = []
         self._unmasked: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         connect(model)
+        if weights is not None:
+            self._follow(adapter_name, weights)
         if self._unmasked:
             warnings.warn(
                 f"{len(self._unmasked)} layers are of classes registered as custom modules, whose "
@@ -115,6 +122,18 @@ class TLoraModel(LoraModel):
         """How far the factors are from orthonormal; see `peft_tlora.orthogonality_loss`."""
         return orthogonality_loss(self, adapter_names)
 
+    def _follow(self, adapter_name: str, weights: Mapping[str, Tensor]) -> None:
+        """Follow a file whose tensors a loader of transformers will put in, past the layers."""
+        try:
+            for name, layer in self.model.named_modules():
+                if isinstance(layer, TLoraLayer):
+                    parts = {part: f"{name}.{part}.weight" for part in layer.parts}
+                    found = {p: weights[key] for p, key in parts.items() if key in weights}
+                    layer.follow(adapter_name, found)
+        except ValueError:
+            self.delete_adapter(adapter_name)
+            raise
+
     def _create_and_replace(
         self,
         lora_config: TLoraConfig,
@@ -125,11 +144,9 @@ class TLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        seeded = lora_config.init_seed is not None
-        with _seeded(derive_seed(self._base_seed, current_key)) if seeded else nullcontext():
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
-            )
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+        )
         layer: Layer = getattr(parent, target_name)
         custom = tuple(getattr(lora_config, "_custom_modules", None) or ())
         if custom and isinstance(layer.get_base_layer(), custom):
@@ -152,29 +169,23 @@ class TLoraModel(LoraModel):
         layer = as_tlora_layer(layer, layer_name)
         found = find_denoiser(self.model, layer_name)
         denoiser = Denoiser() if found is None else found[1]
+        inside = layer_name if found is None else name_inside(self.model, layer_name, found[0])
         r = layer.r[adapter_name]
         add_tlora(
             layer,
             adapter_name,
             config,
             layer_name,
+            canonical_name(inside),
             config.schedule(
                 r, denoiser.num_train_timesteps, denoiser.timestep_reversed, denoiser.timestep_type
             ),
-            seed=self._base_seed,
-            layout=denoiser.layout(layer_name),
+            denoiser.layout(layer_name),
         )
         lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         if config.ortho_init is not None and r > min(lora_A[0].numel(), len(lora_B)):
             self._oversized.append(layer_name)
         return layer
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast as PEFT does; the frozen factors, which it leaves alone, follow the trained ones."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.modules():
-            if isinstance(layer, TLoraLayer) and layer.tlora_variant(adapter_name):
-                layer.cast_frozen(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -193,14 +204,3 @@ class TLoraModel(LoraModel):
             ValueError: Always.
         """
         raise ValueError(_NO_CONVERSION)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Make torch's CPU generator a function of `seed`, and put it back."""
-    previous = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(previous)

@@ -1,6 +1,6 @@
 """Which ranks of one adapter are active in one layer: now, in a merge, and as a gate."""
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,23 @@ from .timestep import CapturedTimestep
 
 # a peft_tlora.layer.TLoraLayer; torch types what hangs on a module as Tensor | Module
 Layer: TypeAlias = Any
+
+
+class Rows(NamedTuple):
+    """What a gate has to broadcast to.
+
+    Args:
+        like: A tensor of the layer's batch, tokens and ranks or features.
+        channel: The dimension of its ranks or features.
+        dtype: The dtype of the gate.
+        batch: If the layer's input holds only some samples of the forward's batch, how many all
+            are.
+    """
+
+    like: Tensor
+    channel: int
+    dtype: torch.dtype
+    batch: int | None = None
 
 
 class ActiveRanks:
@@ -63,80 +80,91 @@ class ActiveRanks:
         state = module.timestep_state
         return self.schedule.kind != "constant" and state is not None and bool(state.denoiser)
 
-    def mask(
-        self,
-        module: Layer,
-        adapter: str,
-        rank: int | Tensor | None,
-        like: Tensor,
-        first: int | None = None,
-    ) -> Tensor:
-        """The mask of shape (..., ranks) of the factors, with the dtype and device of `like`.
-
-        If only the `first` ranks are computed, it is that of their columns.
-        """
+    def mask(self, module: Layer, adapter: str, rank: int | Tensor | None, like: Tensor) -> Tensor:
+        """The mask of the fused factors, with the dtype and device of `like`."""
         # PEFT's SVD of a combination leaves fewer ranks in a layer smaller than r
-        r = min(module.r[adapter], len(module.lora_A[adapter].weight)) if first is None else first
+        r = min(module.r[adapter], len(module.lora_A[adapter].weight))
         if rank is None:
             mask = like.new_ones(r)
         else:
             mask = rank_mask(rank, r, like.device).to(like.dtype)
-        if adapter in module.lora_lambda:
-            by_rank = mask.movedim(-1, 0)
-            mask = pair(by_rank, by_rank, groups_of(module)).movedim(0, -1)
-        return mask
+        return pair(mask, mask, groups_of(module)) if adapter in module.lora_lambda else mask
 
     def gate(
-        self,
-        module: Layer,
-        adapter: str,
-        x: Tensor,
-        dtype: torch.dtype,
-        samples: list[int] | None = None,
-        batch: int | None = None,
+        self, module: Layer, adapter: str, x: Tensor, dtype: torch.dtype, r: int, *, twice: bool
     ) -> tuple[Gate, int | None]:
-        """Mask times scaling in the running forward, and how many ranks have to be computed.
+        """Mask times scaling for the fused factors of a linear layer, in the running forward.
 
-        Where the timestep lies on the host, these are the ranks that any sample needs. If all need
-        the same, there is nothing to mask and the gate is the scaling.
+        Where the timestep lies on the host, only the ranks that any sample needs are computed. If
+        all need the same, there is nothing to mask and the gate is the scaling.
 
         Args:
             module: The layer.
             adapter: Name of the adapter.
             x: The layer's input.
             dtype: The dtype of the gate.
-            samples: If `x` holds only some samples of the forward's batch, their positions.
-            batch: The number of all samples, if so.
+            r: The adapter's rank in this layer.
+            twice: Whether the factors have two columns a rank.
 
         Returns:
             A number or a tensor that broadcasts to the output of the down-projection, and the
-            number of ranks, None for all.
+            number of ranks to compute, None for all.
         """
-        scaling = module.scaling[adapter]
         timestep, rank = self._current(module)
         if timestep is None:
-            return scaling, None
-        weight = module.lora_A[adapter].weight
-        groups = 1 if weight.dim() == 2 else groups_of(module)
-        first = timestep.largest_rank(self.schedule) if groups == 1 else None
+            return module.scaling[adapter], None
+        first = timestep.largest_rank(self.schedule)
         if first is not None and timestep.is_uniform():
-            return scaling, first
-        channel = x.dim() + 1 - weight.dim()  # the ranks take the place of the input's features
+            return module.scaling[adapter], first
+        rows = Rows(x, x.dim() - 1, dtype)
+        r = r if first is None else first
+        return self._gate(timestep, rank, module.scaling[adapter], rows, r, twice), first
+
+    def gate_of_called(
+        self, module: Layer, adapter: str, rows: "Rows", r: int, samples: list[int] | None = None
+    ) -> Gate:
+        """Mask times scaling of r ranks that were all computed.
+
+        Args:
+            module: The layer.
+            adapter: Name of the adapter.
+            rows: The output of the down-projection.
+            r: The adapter's rank in this layer.
+            samples: If the input holds only some samples of the forward's batch, their positions.
+        """
+        timestep, rank = self._current(module)
+        scaling = module.scaling[adapter]
+        if timestep is None:
+            return scaling
+        return self._gate(timestep, rank, scaling, rows, r, False, samples)
+
+    def _gate(
+        self,
+        timestep: CapturedTimestep,
+        rank: int | Tensor | None,
+        scaling: float | Tensor,
+        rows: "Rows",
+        r: int,
+        twice: bool,
+        samples: list[int] | None = None,
+    ) -> Tensor:
+        x, channel = rows.like, rows.channel
 
         def make() -> Tensor:
-            aligned = self._align(timestep, rank, x, channel, samples, batch)
-            gate = self.mask(module, adapter, aligned, x, first).to(dtype) * scaling
+            aligned = self._align(timestep, rank, rows, samples)
+            mask = rank_mask(r if aligned is None else aligned, r, x.device)
+            mask = torch.cat([mask, mask], dim=-1) if twice else mask
+            gate = mask.to(rows.dtype) * scaling
             before = channel + 1 - gate.dim() if gate.dim() > 1 else 0
             after = x.dim() - 1 - channel
             return gate.reshape(*gate.shape[:-1], *(1,) * before, gate.shape[-1], *(1,) * after)
 
         # a tensor of prepare_model_for_compiled_hotswap changes its value
         if samples is not None or isinstance(scaling, Tensor):
-            return make(), first
-        factors = (len(weight), adapter in module.lora_lambda)
-        rows = (self.layout, channel, x.dim(), *x.shape[:channel], dtype, x.device)
-        key = (self.schedule, scaling, *factors, groups, *rows)
-        return timestep.shared(key, make), first
+            return make()
+        shape = (x.dim(), *x.shape[:channel], rows.dtype, x.device)
+        key = (self.schedule, scaling, r, twice, self.layout, channel, *shape)
+        return timestep.shared(key, make)
 
     def _current(self, module: Layer) -> tuple[CapturedTimestep | None, int | Tensor | None]:
         """The timestep of the running forward and its active ranks; None if all are active."""
@@ -150,28 +178,27 @@ class ActiveRanks:
         self,
         timestep: CapturedTimestep,
         rank: int | Tensor | None,
-        x: Tensor,
-        channel: int,
+        rows: "Rows",
         samples: list[int] | None,
-        batch: int | None,
     ) -> int | Tensor | None:
         """Active ranks of shape (), (rows,) or (rows, tokens); None if all are active."""
         if not isinstance(rank, Tensor) or rank.dim() == 0:
             return rank
-        rows = batch if batch is not None else x.shape[0] if channel > 0 else 1
+        x, channel = rows.like, rows.channel
+        count = rows.batch if rows.batch is not None else x.shape[0] if channel > 0 else 1
         tokens = x.shape[1] if channel > 1 else None
         refusal = (
-            f"it can't tell which of the {rows} rows of its input belong to which of the "
+            f"it can't tell which of the {count} rows of its input belong to which of the "
             f"{rank.shape[0]} samples"
         )
         if self.layout == "repacked":
             return self._one_for_all(timestep, rank, refusal)
         if self.layout == "sequence_first" and tokens is not None:
-            aligned = align_ranks(rank, tokens, rows)
+            aligned = align_ranks(rank, tokens, count)
             if aligned is not None and aligned.dim() > 0:
                 aligned = aligned.reshape(tokens, -1).T
         else:
-            aligned = align_ranks(rank, rows, tokens)
+            aligned = align_ranks(rank, count, tokens)
         if aligned is None:
             return self._one_for_all(timestep, rank, refusal)
         return aligned if samples is None or aligned.dim() == 0 else aligned[samples]

@@ -12,6 +12,8 @@ RANK_SCHEDULES: tuple[str, ...] = get_args(RankScheduleKind)
 TimestepType = Literal["linear", "log_sigma"]
 TIMESTEP_TYPES: tuple[str, ...] = get_args(TimestepType)
 
+# what float32 loses of a timestep that was divided before: 800 / 1000 must count as 0.8
+_ROUNDING = 2.0**-22
 _LOG_SIGMA_RANGE = (-4.0, 4.0)  # sigma from 1e-7 to 9e6
 
 
@@ -88,7 +90,8 @@ class RankSchedule:
                 clean = (total - t) / total
         multiple = self.rank_multiple
         varying = (self.r - self.r_min) // multiple
-        return torch.floor(clean**self.exponent * varying).long() * multiple + self.r_min
+        share = clean**self.exponent + _ROUNDING
+        return torch.floor(share * varying).long() * multiple + self.r_min
 
 
 @overload
@@ -132,7 +135,8 @@ def active_rank(
     """The number of ranks that T-LoRA keeps active at a timestep.
 
     `r(t) = floor(((T - t) / T) ** alpha * (r - r_min)) + r_min`, the rank schedule of T-LoRA
-    (arXiv 2507.05964), evaluated in float64 in just this order.
+    (arXiv 2507.05964), evaluated in float64. A share of ranks that is below a whole number by no
+    more than float32's rounding of the timestep, 2.4e-7 of r - r_min, counts as that number.
 
     Args:
         timestep: Timestep in the model's own unit, a number or a tensor of any shape; values

@@ -1,19 +1,17 @@
 """What a T-LoRA adapter computes in one layer: forward and merge, from one pair of factors."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.utils.other import transpose
-from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .denoisers import Layout
+from .factors import Projection, Scale, plain_weight
 from .functional import Factors, autocast_dtype, delta_weight
-from .integrations.offload import weights_in_place
-from .linear import adapted_linear, add_update
-from .ranks import ActiveRanks, Layer, groups_of
+from .integrations.torch import has_transforms, replicated
+from .linear import Gate, adapted_linear, add_update
+from .ranks import ActiveRanks, Layer, Rows, groups_of
 from .schedule import RankSchedule
 
 # the containers of a layer in the order of Factors
@@ -25,22 +23,28 @@ _FACTORS = (
     "lora_B_init",
     "lora_lambda_init",
 )
+_LINEAR = (nn.Linear, nn.Linear, Scale, Projection, Projection, Scale)
 
 
 class TLoraVariant(LoraVariant):
     """The masked update of one T-LoRA adapter in one layer.
 
     `s (P diag(lam m(t)) Q - P0 diag(lam0 m(t)) Q0) x` with an orthogonal initialisation and
-    `s B diag(m(t)) A x` without, where s is LoRA's scaling (arXiv 2507.05964).
+    `s B diag(m(t)) A x` without, where s is LoRA's scaling (arXiv 2507.05964). The modules lora_A,
+    lora_B and lora_lambda hold the differences of Q, P and lam from Q0, P0 and lam0.
 
     Args:
         layer_name: Name of the layer in the model, for messages.
+        start_name: The name that its start is made from.
         schedule: The rank schedule.
         layout: How the batch lies in the layer's input.
     """
 
-    def __init__(self, layer_name: str, schedule: RankSchedule, layout: Layout) -> None:
+    def __init__(
+        self, layer_name: str, start_name: str, schedule: RankSchedule, layout: Layout
+    ) -> None:
         self.ranks = ActiveRanks(layer_name, schedule, layout)
+        self.start_name = start_name
         self.merged_rank: int | Tensor | None = None
 
     def init(self, module: Layer, adapter_name: str, **kwargs: object) -> None:
@@ -63,33 +67,81 @@ class TLoraVariant(LoraVariant):
         `batch` is the number of all.
         """
         x = module.lora_dropout[active_adapter](x)
-        dtype = _compute_dtype(module, active_adapter, x)
-        gate, first = self.ranks.gate(module, active_adapter, x, dtype, samples, batch)
-        with self._factors(module, active_adapter) as factors:
-            lora_A = module.lora_A[active_adapter]
-            if not isinstance(lora_A, _ConvNd):
-                return add_update(result, x, factors, gate, dtype, first)
-            fused = factors.first(first).fused(groups_of(module))
-            down, up = (factor.to(dtype) for factor in fused)
-            hidden = lora_A._conv_forward(x.to(dtype), down, None) * gate
-            return result + module.lora_B[active_adapter]._conv_forward(hidden, up, None)
+        factors = None if samples is not None else self.plain_factors(module, active_adapter)
+        called = factors is None or has_transforms()
+        dtype = _compute_dtype(module, active_adapter, x, called=called)
+        if factors is None or called:
+            return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
+        gate, first = self._gate(module, active_adapter, x, dtype, factors)
+        return add_update(result, x, factors, gate, dtype, first)
 
-    def forward_of_linear(self, module: Layer, adapter: str, x: Tensor) -> Tensor:
+    def forward_of_linear(self, module: Layer, adapter: str, x: Tensor, factors: Factors) -> Tensor:
         """The output of a plain linear layer with this adapter, whose dtypes are the input's."""
         base = module.base_layer
-        gate, first = self.ranks.gate(module, adapter, x, x.dtype)
-        with self._factors(module, adapter) as factors:
-            return adapted_linear(x, base.weight, base.bias, factors, gate, first)
+        gate, first = self._gate(module, adapter, x, x.dtype, factors)
+        return adapted_linear(x, base.weight, base.bias, factors, gate, first)
+
+    def plain_factors(self, module: Layer, adapter: str) -> Factors | None:
+        """The factors of a linear layer that may be read; None if the modules must be called."""
+        if torch.compiler.is_compiling():
+            return None
+        names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
+        weights = []
+        for name, cls in zip(names, _LINEAR, strict=False):
+            weight = plain_weight(getattr(module, name)[adapter], cls)
+            if weight is None:
+                return None
+            weights.append(weight)
+        return self._unpadded(module, adapter, Factors(*weights))
+
+    def _gate(
+        self, module: Layer, adapter: str, x: Tensor, dtype: torch.dtype, factors: Factors
+    ) -> tuple[Gate, int | None]:
+        r, twice = len(factors.dq), factors.dlam is not None
+        return self.ranks.gate(module, adapter, x, dtype, r, twice=twice)
+
+    def _update(
+        self,
+        module: Layer,
+        adapter: str,
+        x: Tensor,
+        samples: list[int] | None = None,
+        batch: int | None = None,
+    ) -> Tensor:
+        """The update of `x`, each factor by a call of its module.
+
+        With h = (Q0 + dQ) x and d = dlam h, it is `P0 m (d + lam0 dQ x) + dP m (d + lam0 h)`.
+        """
+        lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
+        trailing = module._kernel_dim - 2 if isinstance(module, _ConvNd) else 0
+        trained = lora_A(x)
+        channel = trained.dim() - 1 - trailing
+        padded = max(trained.shape[channel] - module.r[adapter], 0)  # zeros for a hotswap
+        if padded:
+            trained = trained.narrow(channel, 0, module.r[adapter])
+        rows = Rows(trained, channel, trained.dtype, batch)
+        r = trained.shape[channel]
+        gate = self.ranks.gate_of_called(module, adapter, rows, r, samples)
+        gate = replicated(gate, trained) if isinstance(gate, Tensor) else gate
+        if adapter not in module.lora_lambda:
+            return lora_B(_pad(trained * gate, padded, trailing))
+        like = (lora_A, lora_B) if trailing else (None, None)
+        scale = module.lora_lambda_init[adapter]
+        start = module.lora_A_init[adapter](x, like[0])
+        moved = module.lora_lambda[adapter](start + trained, trailing) + scale(trained, trailing)
+        whole = moved + scale(start, trailing)
+        moved, whole = ((part * gate).to(trained.dtype) for part in (moved, whole))
+        frozen = module.lora_B_init[adapter](moved, like[1])
+        return frozen + lora_B(_pad(whole, padded, trailing))
 
     def delta_weight(self, module: Layer, adapter: str, rank: int | Tensor | None) -> Tensor:
         """The update as a weight of the base layer's shape, with the first `rank` ranks active."""
-        with self._factors(module, adapter) as factors:
-            down, up = factors.fused(groups_of(module))
-            dtype = down.dtype
-            if dtype in (torch.float16, torch.bfloat16):
-                down, up = down.float(), up.float()
-            gate = self.ranks.mask(module, adapter, rank, down) * module.scaling[adapter]
-            delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
+        down, up = self.factors(module, adapter).fused(groups_of(module))
+        dtype = module.lora_A[adapter].weight.dtype
+        if down.dtype in (torch.float16, torch.bfloat16):
+            down, up = down.float(), up.float()
+        gate = self.ranks.mask(module, adapter, rank, down) * module.scaling[adapter]
+        delta = delta_weight(down, up, gate, groups_of(module)).to(dtype)
         return transpose(delta, getattr(module, "fan_in_fan_out", False))
 
     def merge_safe(self, module: Layer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -137,40 +189,41 @@ class TLoraVariant(LoraVariant):
 
     def factors(self, module: Layer, adapter: str) -> Factors:
         """The factors of an adapter."""
-        with self._factors(module, adapter) as factors:
-            return factors
-
-    @contextmanager
-    def _factors(self, module: Layer, adapter: str) -> Iterator[Factors]:
-        """The factors, in place as long as they are needed."""
         names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
-        holders = [getattr(module, name)[adapter] for name in names]
-        with weights_in_place(holders):
-            factors = Factors(*[holder.weight for holder in holders])
-            r, padded = module.r[adapter], len(factors.q)
-            if padded > r:  # PEFT has added rows of zeros for a hotswap
-                if groups_of(module) > 1:
-                    raise ValueError(
-                        f"{self.ranks.layer_name} has groups, so its T-LoRA factors can't be "
-                        f"padded from r={r} to {padded}; call prepare_model_for_compiled_hotswap "
-                        "without target_rank."
-                    )
-                factors = factors._replace(q=factors.q[:r], p=factors.p[:, :r])
-            yield factors
+        weights = [getattr(module, name)[adapter].weight for name in names]
+        return self._unpadded(module, adapter, Factors(*weights))
+
+    def _unpadded(self, module: Layer, adapter: str, factors: Factors) -> Factors:
+        """The factors without the zeros that PEFT has added for a hotswap."""
+        r, padded = module.r[adapter], len(factors.dq)
+        if padded <= r:
+            return factors
+        if groups_of(module) > 1:
+            raise ValueError(
+                f"{self.ranks.layer_name} has groups, so its T-LoRA factors can't be "
+                f"padded from r={r} to {padded}; call prepare_model_for_compiled_hotswap "
+                "without target_rank."
+            )
+        return factors._replace(dq=factors.dq[:r], dp=factors.dp[:, :r])
 
 
-def _compute_dtype(module: Layer, adapter: str, x: Tensor) -> torch.dtype:
+def _pad(hidden: Tensor, padded: int, trailing: int) -> Tensor:
+    """Add zeros to the ranks of (..., r, *trailing)."""
+    return pad(hidden, (0, 0) * trailing + (0, padded)) if padded else hidden
+
+
+def _compute_dtype(module: Layer, adapter: str, x: Tensor, *, called: bool) -> torch.dtype:
     """The dtype in which an update is computed.
 
-    As in PEFT it is autocast's or else that of the adapter; but accelerators compute a float32
-    adapter's update of a bfloat16 input in bfloat16, as autocast would: a float32 copy of the input
-    would cost more than the update.
+    As in PEFT it is autocast's or else that of the adapter; but where the modules aren't called,
+    accelerators compute a float32 adapter's update of a bfloat16 input in bfloat16, as autocast
+    would: a float32 copy of the input would cost more than the update.
     """
     autocast = autocast_dtype(x)
     if autocast is not None:
-        return autocast
+        return x.dtype if called else autocast
     weight = module.lora_A[adapter].weight.dtype
     on_accelerator = x.device.type != "cpu" and weight == torch.float32
-    if on_accelerator and x.dtype == torch.bfloat16:
+    if on_accelerator and x.dtype == torch.bfloat16 and not called:
         return x.dtype
     return weight if getattr(module, "cast_input_dtype_enabled", True) else x.dtype

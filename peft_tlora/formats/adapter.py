@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..frozen import Recipe
 from ..functional import Factors, delta_weight
 from ..schedule import (
     RANK_SCHEDULES,
@@ -32,12 +33,14 @@ class AdapterLayer:
         schedule: Its rank schedule, and its rank.
         lora_alpha: LoRA's alpha.
         use_rslora: Whether the scaling is alpha / sqrt(r) in the place of alpha / r.
+        recipe: What the start is made of, if a file needs no more to have it; else None.
     """
 
     factors: Factors
     schedule: RankSchedule
     lora_alpha: float
     use_rslora: bool = False
+    recipe: Recipe | None = None
 
     @property
     def scaling(self) -> float:
@@ -48,12 +51,12 @@ class AdapterLayer:
     @property
     def groups(self) -> int:
         """The groups of a grouped convolution, 1 for other layers."""
-        return self.schedule.r // self.factors.p.shape[1]
+        return self.schedule.r // self.factors.dp.shape[1]
 
     @property
     def is_ortho(self) -> bool:
         """Whether it has singular values and frozen factors."""
-        return self.factors.lam is not None
+        return self.factors.dlam is not None
 
     def masked(self, active: int) -> tuple[Tensor, Tensor]:
         """Down- and up-projection of the update at a mask, with the scaling in the latter.
@@ -127,7 +130,7 @@ class Adapter:
                     f"The adapter doesn't fit: {type(model).__name__} has no layer {name} with a "
                     "weight. Is it for another base model?"
                 )
-            check_fit(name, layer.factors.q, layer.factors.p, weight)
+            check_fit(name, layer.factors.dq, layer.factors.dp, weight)
 
 
 def check_fit(name: str, q: Tensor, p: Tensor, weight: Tensor) -> None:
@@ -174,10 +177,9 @@ def _check_layer(layer: AdapterLayer) -> None:
         raise ValueError(f"the up-projection of shape {tuple(p.shape)} is not one of rank {r}.")
     if any(f is None for f in rest) != all(f is None for f in rest):
         raise ValueError("only some of the singular values and frozen factors are there.")
-    for tensor, like in zip(rest, (q[:, :1].flatten(), q, p, q[:, :1].flatten()), strict=True):
-        wanted = (r,) if like.dim() == 1 else tuple(like.shape)
-        if tensor is not None and tuple(tensor.shape) != wanted:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} should be {wanted}.")
+    for tensor, wanted in zip(rest, ((r, 1), q.shape, p.shape, (r, 1)), strict=True):
+        if tensor is not None and tensor.shape != wanted:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} should be {tuple(wanted)}.")
     for tensor in layer.factors:
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"a factor is of {tensor.dtype}, not of floating point.")

@@ -33,7 +33,7 @@ def family_of(layers: Mapping[str, AdapterLayer]) -> str | None:
         if any("temporal" in name or "motion" in name for name in layers):
             return None  # video models made of SD's layers and others
         widths = {
-            layer.factors.q.shape[1]
+            layer.factors.dq.shape[1]
             for name, layer in layers.items()
             if name.endswith(("attn2.to_k", "attn2.to_v"))
         }

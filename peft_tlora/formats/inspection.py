@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoisers import describe as describe_denoiser
-from ..functional import Factors, fuse_factors
+from ..functional import Factors
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts
 from .families import family_of
@@ -120,25 +120,23 @@ def _read(
 
 def _kind(name: str, layer: AdapterLayer) -> str:
     last = [part for part in name.split(".") if not part.isdigit()][-1]
-    dimensions = layer.factors.q.dim() - 2
+    dimensions = layer.factors.dq.dim() - 2
     return last if dimensions == 0 else f"{last} (Conv{dimensions}d)"
 
 
 def _layer(layer: AdapterLayer) -> dict[str, Any]:
     factors = Factors(*(None if f is None else f.detach().float() for f in layer.factors))  # pyright: ignore[reportArgumentType]
-    q, p, lam, q0, p0, lam0 = factors
     moved, values = None, torch.zeros(0)
     finite = all(f is None or bool(f.isfinite().all()) for f in factors)
     if layer.groups == 1 and finite:
         values = spectrum(*factors.fused())
-        if lam is not None and q0 is not None and p0 is not None and lam0 is not None:
-            zero = torch.zeros_like
-            start = spectrum(*fuse_factors(q0, p0, lam0, zero(q0), zero(p0), zero(lam0)))
+        if factors.q0 is not None and factors.p0 is not None and factors.lam0 is not None:
+            start = spectrum(factors.q0 * factors.lam0.reshape(-1, *(1,) * (factors.q0.dim() - 1)), factors.p0)
             moved = float(values.norm() / start.norm()) if start.any() else None
     return {
         "rank": layer.schedule.r,
         "r_min": layer.schedule.r_min,
-        "shape": [len(p), *q.shape[1:]],
+        "shape": [len(factors.dp), *factors.dq.shape[1:]],
         "moved": moved,
         "effective_rank": _effective_rank(values),
         "finite": finite,

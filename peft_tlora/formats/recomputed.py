@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Factors
+from .tensors import from_whole
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SIG_TYPES = ("principal", "last", "middle")
@@ -33,7 +34,7 @@ def recompute(name: str, factors: Factors, weight: Tensor, sig_type: str) -> tup
         ValueError: If the weight is quantised or missing, the layer is a convolution with a larger
             kernel, or the agreement is below 0.5.
     """
-    q, p, lam, *_ = factors
+    q, p, lam, *_ = factors  # whole as yet
     if sig_type not in _SIG_TYPES:
         raise ValueError(f"sig_type must be one of {list(_SIG_TYPES)}, got {sig_type!r}.")
     _check_weight(name, weight)
@@ -52,7 +53,7 @@ def recompute(name: str, factors: Factors, weight: Tensor, sig_type: str) -> tup
     sign = torch.where(cosines < 0, -1.0, 1.0)
     q0, p0 = (rows * sign[:, None]).reshape(q.shape), (columns * sign).reshape(p.shape)
     # the trainer subtracts the start in float32, however the file rounds the trained factors
-    return Factors(q.float(), p.float(), lam.float(), q0, p0, values), agreement
+    return from_whole(q, p, lam, q0, p0, values[:, None]), agreement
 
 
 def _check_weight(name: str, weight: Tensor) -> None:

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
-from ..encoding import decode_recipe, decode_schedule, encode_schedule
-from ..frozen import rebuild
+from ..encoding import Encoded, decode_schedule, encode_schedule
+from ..frozen import Recipe, canonical_name, rebuild
 from ..functional import Factors
 from .adapter import AdapterLayer, check_name
 
 _FIELDS = {
-    ".lora_A.weight": "q",
-    ".lora_B.weight": "p",
-    ".lora_lambda.weight": "lam",
+    ".lora_A.weight": "dq",
+    ".lora_B.weight": "dp",
+    ".lora_lambda.weight": "dlam",
     ".lora_A_init.weight": "q0",
     ".lora_B_init.weight": "p0",
     ".lora_lambda_init.weight": "lam0",
@@ -24,6 +25,7 @@ _DIFFUSERS_FIELDS = {
     for style in ("lora", "lora_linear_layer")
     for name, field in _FIELDS.items()
 }
+_START = ("q0", "p0", "lam0")
 OWN_FIELDS = {**_FIELDS, **_DIFFUSERS_FIELDS}
 
 
@@ -56,23 +58,52 @@ def grouped(
 
 
 def factors_of(layer: str, fields: Mapping[str, Tensor]) -> Factors:
-    """The factors among a layer's tensors, with the singular values as vectors.
+    """The factors among a layer's tensors of another program: Q, P and lam whole, and their start.
 
     Raises:
         ValueError: If there is no down- or up-projection.
     """
     if "q" not in fields or "p" not in fields:
         raise ValueError(f"Layer {layer[:200]} has only {', '.join(sorted(fields))}.")
-    values = {name: fields.get(name) for name in Factors._fields}
-    for name in ("lam", "lam0"):
-        value = values[name]
-        values[name] = None if value is None else value.flatten()
-    return Factors(**values)  # pyright: ignore[reportArgumentType]
+    lam, lam0 = (
+        None if value is None else value.reshape(-1, 1)
+        for value in (fields.get("lam"), fields.get("lam0"))
+    )
+    try:
+        return from_whole(fields["q"], fields["p"], lam, fields.get("q0"), fields.get("p0"), lam0)
+    except ValueError as error:
+        raise ValueError(f"Layer {layer[:200]}: {error}") from None
+
+
+def from_whole(
+    q: Tensor,
+    p: Tensor,
+    lam: Tensor | None = None,
+    q0: Tensor | None = None,
+    p0: Tensor | None = None,
+    lam0: Tensor | None = None,
+) -> Factors:
+    """Factors as differences from their start; without one they are whole.
+
+    Raises:
+        ValueError: If they haven't the shapes of their start.
+    """
+    if q0 is None or p0 is None or lam is None or lam0 is None:
+        return Factors(q, p, lam, q0, p0, lam0)
+    differences = []
+    for whole, start in ((q, q0), (p, p0), (lam, lam0)):
+        if whole.shape != start.shape:
+            raise ValueError(
+                f"a tensor of shape {tuple(whole.shape)} has a start of shape {tuple(start.shape)}."
+            )
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        differences.append(whole.to(wide) - start.to(wide))
+    return Factors(*differences, q0, p0, lam0)
 
 
 def rank_of(layer: str, fields: Mapping[str, Tensor]) -> int:
     """The rank that a layer's down-projection has."""
-    q = fields.get("q")
+    q = fields.get("q", fields.get("dq"))
     if q is None or q.dim() < 2:
         raise ValueError(f"Layer {layer[:200]} has no down-projection of shape (r, in, ...).")
     return q.shape[0]
@@ -103,24 +134,36 @@ def layers_of_own(tensors: Mapping[str, Tensor], format: str) -> dict[str, Adapt
     for name, fields in grouped(tensors, OWN_FIELDS, format).items():
         check_name(name)
         if "schedule" not in fields:
-            raise ValueError(
-                f"Layer {name} has no lora_schedule: it is plain LoRA, or from another program."
-            )
-        decoded = decode_schedule(fields["schedule"], rank_of(name, fields))
-        factors = _with_frozen(name, factors_of(name, fields), fields["schedule"])
-        layers[name] = AdapterLayer(factors, *decoded)
+            raise ValueError(_NO_SCHEDULE["dlam" in fields].format(name))
+        if "dq" not in fields or "dp" not in fields:
+            raise ValueError(f"Layer {name} has only {', '.join(sorted(fields))}.")
+        encoded = decode_schedule(fields["schedule"], rank_of(name, fields), name)
+        factors = Factors(*(fields.get(field) for field in Factors._fields))  # pyright: ignore[reportArgumentType]
+        factors, recipe = _with_start(name, factors, encoded)
+        layers[name] = AdapterLayer(factors, *encoded[:3], recipe)
     return layers
 
 
-def _with_frozen(layer: str, factors: Factors, schedule: Tensor) -> Factors:
-    """The factors with the frozen ones that a compact file leaves out."""
-    recipe = decode_recipe(schedule)
-    q, p, lam, *frozen = factors
-    fits = p.dim() == q.dim() and p.shape[1] > 0
-    if recipe is None or lam is None or any(f is not None for f in frozen) or not fits:
-        return factors
-    p0, lam0, q0 = rebuild(recipe, q, p, len(q) // p.shape[1], layer)
-    return Factors(q, p, lam, q0.to(q.dtype), p0.to(q.dtype), lam0.to(q.dtype))
+_NO_SCHEDULE = {
+    False: "Layer {} has no lora_schedule: it is plain LoRA, or from another program.",
+    True: "Layer {} has no lora_schedule: the file holds the trained tensors of a T-LoRA adapter "
+    "alone, as a host saves them that keeps what requires grad. They mean something only with the "
+    "config that they were trained with: pass it, as config=TLoraConfig(...) or --config FILE.",
+}
+
+
+def _with_start(
+    layer: str, factors: Factors, encoded: Encoded
+) -> tuple[Factors, Recipe | None]:
+    """The factors with the start that the file leaves out, and what that is made of."""
+    dq, dp, dlam, *start = factors
+    if any(factor is not None for factor in start) or dlam is None or encoded.recipe is None:
+        return factors, None
+    if dp.dim() != dq.dim() or dp.shape[1] == 0:
+        return factors, None  # AdapterLayer's check will say what is wrong
+    groups = len(dq) // dp.shape[1]
+    made = rebuild(encoded.recipe, dq, dp, groups, canonical_name(layer))
+    return Factors(dq, dp, dlam, *made), encoded.recipe
 
 
 def own_tensors(layers: Mapping[str, AdapterLayer], prefix: str) -> dict[str, Tensor]:
@@ -129,8 +172,10 @@ def own_tensors(layers: Mapping[str, AdapterLayer], prefix: str) -> dict[str, Te
     tensors = {}
     for name, layer in layers.items():
         for field, tensor in layer.factors._asdict().items():
-            if tensor is not None:
+            if tensor is not None and (layer.recipe is None or field not in _START):
                 tensors[f"{prefix}{name}{endings[field]}"] = tensor
-        encoded = encode_schedule(layer.schedule, layer.lora_alpha, layer.use_rslora)
+        encoded = encode_schedule(
+            Encoded(layer.schedule, layer.lora_alpha, layer.use_rslora, layer.recipe)
+        )
         tensors[f"{prefix}{name}{endings['schedule']}"] = encoded
     return tensors

@@ -263,9 +263,9 @@ def _layers(tensors: Mapping[str, Tensor], trainer: Trainer) -> dict[str, dict[s
 
 def _shaped(factors: Factors, weight: Tensor) -> Factors:
     """The factors of a convolution in its shape; some trainers write them as matrices."""
-    if weight.dim() == 2 or factors.q.dim() != 2:
+    if weight.dim() == 2 or factors.dq.dim() != 2:
         return factors
-    r, ones = len(factors.q), (1,) * (weight.dim() - 2)
+    r, ones = len(factors.dq), (1,) * (weight.dim() - 2)
 
     def down(q: Tensor) -> Tensor:
         if q[0].numel() != weight[0].numel():
@@ -275,11 +275,11 @@ def _shaped(factors: Factors, weight: Tensor) -> Factors:
             )
         return q.reshape(r, *weight.shape[1:])
 
-    q, p, lam, q0, p0, lam0 = factors
+    dq, dp, dlam, q0, p0, lam0 = factors
     return Factors(
-        down(q),
-        p.reshape(*p.shape, *ones),
-        lam,
+        down(dq),
+        dp.reshape(*dp.shape, *ones),
+        dlam,
         None if q0 is None else down(q0),
         None if p0 is None else p0.reshape(*p0.shape, *ones),
         lam0,

@@ -1,8 +1,9 @@
 """Lets diffusers' loaders recognise a file of T-LoRA; the sole contact with their private parts.
 
-`load_lora_weights` and `load_lora_adapter` make the adapter's config in one private function, which
-always builds a `LoraConfig`. It is wrapped: weights that hold a T-LoRA schedule get a
-`TLoraConfig`, everything else goes to the original. `load_tlora_weights` does without it.
+`load_lora_weights` and `load_lora_adapter` read a file in one private function and make the
+adapter's config in another, which always builds a `LoraConfig`. Both are wrapped: PEFT's folders
+get the names that pipelines expect, weights that hold a T-LoRA schedule a `TLoraConfig`, and
+everything else goes to the originals. `peft_tlora.load_tlora_weights` does without them.
 """
 
 import functools
@@ -10,36 +11,44 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from itertools import count
-from os import PathLike
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import diffusers
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from peft import inject_adapter_in_model, set_peft_model_state_dict
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
-from ..checkpoint import SCHEDULE, config_from_state_dict, is_tlora
+from ..checkpoint import SCHEDULE, config_from_state_dict, is_half, is_tlora
 from ..config import TLoraConfig
-from ..formats.adapter import Adapter, check_fit
-from ..formats.tensors import layers_of_own
+from ..formats.adapter import check_fit
+from ..formats.families import component_of
+from ..timestep import TimestepLayer
 
-_FUNCTION = "_create_lora_config"
-_HOME = "diffusers.utils.peft_utils"
-# they import the function by its name, so each holds a reference of its own
-_USERS = ("diffusers.loaders.peft", "diffusers.loaders.lora_base")
+_CREATE, _FETCH = "_create_lora_config", "_fetch_state_dict"
+# function -> the module that it is from, and those that import it by its name
+_PLACES = {
+    _CREATE: ("utils.peft_utils", "loaders.peft", "loaders.lora_base"),
+    _FETCH: ("loaders.lora_base", "loaders.lora_pipeline", "loaders.peft"),
+}
 _WEIGHTS = "_weights_of_file"  # of a config, until its adapter is injected
 _ARGUMENTS = ["state_dict", "network_alphas", "metadata", "rank_pattern_dict"]
+_PEFT_PREFIX = "base_model.model."
 
 
 def install() -> None:
     """Wrap the loaders, once; warn of an unknown diffusers and leave it alone."""
-    from diffusers.utils import peft_utils
-
-    original = getattr(peft_utils, _FUNCTION, None)
-    if hasattr(original, "__wrapped__"):
+    originals = {name: getattr(_module(places[0]), name, None) for name, places in _PLACES.items()}
+    create = originals[_CREATE]
+    if hasattr(create, "__wrapped__"):
         return
-    if original is None or list(inspect.signature(original).parameters)[:4] != _ARGUMENTS:
+    if (
+        create is None
+        or list(inspect.signature(create).parameters)[:4] != _ARGUMENTS
+        or originals[_FETCH] is None
+    ):
         warnings.warn(
             f"peft_tlora doesn't know the LoRA loader of diffusers {diffusers.__version__}, so "
             "pipe.load_lora_weights won't recognise T-LoRA files; load them with "
@@ -47,17 +56,23 @@ def install() -> None:
             stacklevel=2,
         )
         return
-    _replace(_wrap(original))
+    _replace(_CREATE, _recognising(create))
+    _replace(_FETCH, _renaming(originals[_FETCH]))
+    LoraBaseMixin.set_lora_device = _moving_all(LoraBaseMixin.set_lora_device)
 
 
 def uninstall() -> None:
-    """Put the original function back."""
-    from diffusers.utils import peft_utils
+    """Put the original functions back."""
+    for name, places in _PLACES.items():
+        _replace(name, inspect.unwrap(getattr(_module(places[0]), name)))
+    LoraBaseMixin.set_lora_device = inspect.unwrap(LoraBaseMixin.set_lora_device)
 
-    _replace(inspect.unwrap(getattr(peft_utils, _FUNCTION)))
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"diffusers.{name}")
 
 
-def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+def _recognising(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_config(
         state_dict: Mapping[str, Tensor],
@@ -67,11 +82,19 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         _refuse_hotswap(state_dict, kwargs.get("model_state_dict"), kwargs.get("adapter_name"))
-        if not is_tlora(state_dict):
+        half = is_half(state_dict)
+        if not half and not is_tlora(state_dict):
             return original(state_dict, network_alphas, metadata, *args, **kwargs)
+        if half and not metadata:
+            raise ValueError(
+                "The file holds the trained tensors of a T-LoRA adapter without its lora_schedule, "
+                "as a host saves them that keeps what requires grad. Load it with "
+                "peft_tlora.load_tlora_weights(pipe, source, config=TLoraConfig(...)) and the "
+                "config that it was trained with."
+            )
         model = kwargs.get("model_state_dict")
         if model is not None:
-            _refuse_other_base(state_dict, model)
+            refuse_other_base(state_dict, model)
         config = config_from_state_dict(state_dict) if not metadata else TLoraConfig(**metadata)
         if model is None:  # a text encoder: the tuner will see it
             vars(config)[_WEIGHTS] = state_dict
@@ -80,19 +103,51 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     return create_config
 
 
-def refuse_other_base(config: Any, model: nn.Module) -> None:
-    """Refuse the config of a file of another text encoder, before layers are put into this one.
+def _renaming(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def fetch(*args: Any, **kwargs: Any) -> Any:
+        state_dict, *rest = original(*args, **kwargs)
+        if not is_tlora(state_dict) and not is_half(state_dict):
+            return state_dict, *rest
+        # diffusers asks the first name only whether there is anything to convert
+        state_dict = convert_unet_state_dict_to_peft(state_dict)
+        if all(name.startswith(_PEFT_PREFIX) for name in state_dict):
+            short = {name.removeprefix(_PEFT_PREFIX): t for name, t in state_dict.items()}
+            component = component_of({name.partition(".lora_")[0]: 0 for name in short})
+            state_dict = {f"{component}.{name}": tensor for name, tensor in short.items()}
+        return state_dict, *rest
+
+    return fetch
+
+
+def _moving_all(original: Callable[..., None]) -> Callable[..., None]:
+    """`set_lora_device`, which moves lora_A and lora_B, with what else an adapter has."""
+
+    @functools.wraps(original)
+    def set_lora_device(
+        self: Any, adapter_names: list[str], device: torch.device | str | int
+    ) -> None:
+        original(self, adapter_names, device)
+        for component in self.components.values():
+            for layer in component.modules() if isinstance(component, nn.Module) else ():
+                if isinstance(layer, TimestepLayer):
+                    for name in adapter_names:
+                        layer.move_adapter(name, device)
+
+    return set_lora_device
+
+
+def weights_of_file(config: Any) -> Mapping[str, Tensor] | None:
+    """Take the weights of the file that a config was made of, if the tuner is to see them."""
+    return vars(config).pop(_WEIGHTS, None)
+
+
+def refuse_other_base(new: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter for other layers; torch would notice when they are already in the model.
 
     Raises:
         ValueError: If the file has other layers, or for other shapes.
     """
-    weights = vars(config).pop(_WEIGHTS, None)
-    if weights is not None:
-        _refuse_other_base(weights, model.state_dict())
-
-
-def _refuse_other_base(new: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter for other layers; torch would notice when they are already in the model."""
     names = {key.rpartition(".")[0] for key in model}
     for layer in (key.removesuffix(SCHEDULE) for key in new if key.endswith(SCHEDULE)):
         place = next((name for name in (f"{layer}.base_layer", layer) if name in names), None)
@@ -137,80 +192,7 @@ def refuse_hotswap_preparation(model: nn.Module) -> None:
         )
 
 
-def load_tlora_weights(
-    pipeline: Any,
-    source: str | PathLike[str] | Mapping[str, Tensor],
-    adapter_name: str | None = None,
-    **kwargs: Any,
-) -> None:
-    """Load a T-LoRA file into a pipeline through public functions of diffusers and PEFT alone.
-
-    After `import peft_tlora` the pipeline's own `load_lora_weights` does the same; this function
-    is for a version of diffusers in which it can't.
-
-    Args:
-        pipeline: A pipeline with `load_lora_weights`.
-        source: A folder, a file, a hub id or a state dict.
-        adapter_name: Name of the adapter, "default_0" and so on if None.
-        **kwargs: For the pipeline's `lora_state_dict`, such as `weight_name`.
-
-    Raises:
-        ValueError: If the source holds no T-LoRA adapter, or none for the pipeline's models or none
-            that fits them, or the name is in use. Nothing has been changed then.
-    """
-    weights = source if isinstance(source, Mapping) else str(source)
-    found = pipeline.lora_state_dict(weights, **kwargs)
-    state_dict = found[0] if isinstance(found, tuple) else found
-    parts = {
-        name: _to_peft(
-            {
-                key.removeprefix(f"{name}."): tensor
-                for key, tensor in state_dict.items()
-                if key.startswith(f"{name}.")
-            }
-        )
-        for name, module in pipeline.components.items()
-        if isinstance(module, nn.Module)
-    }
-    parts = {name: part for name, part in parts.items() if is_tlora(part)}
-    if not parts:
-        raise ValueError(
-            f"{len(state_dict)} tensors were read, but none belongs to a T-LoRA adapter for a model"
-            f" of {type(pipeline).__name__}; load plain LoRA with the pipeline's load_lora_weights."
-        )
-    taken = {
-        name for part in parts for name in getattr(pipeline.components[part], "peft_config", {})
-    }
-    if adapter_name is None:
-        adapter_name = next(name for i in count() if (name := f"default_{i}") not in taken)
-    if adapter_name in taken:
-        raise ValueError(f"The adapter name {adapter_name!r} is in use; choose another.")
-    for name, part in parts.items():
-        adapter = Adapter(name, layers_of_own(part, "T-LoRA"))
-        adapter.check_fits(pipeline.components[name])
-    configs = {name: config_from_state_dict(part) for name, part in parts.items()}
-    prefixes = tuple(f"{name}." for name in parts)
-    others = [key for key in state_dict if not key.startswith(prefixes)]
-    if others:
-        warnings.warn(
-            f"{len(others)} tensors are of no T-LoRA adapter for a model of "
-            f"{type(pipeline).__name__} and aren't loaded, such as {others[0][:200]!r}.",
-            stacklevel=2,
-        )
-    for name, part in parts.items():
-        module = pipeline.components[name]
-        inject_adapter_in_model(configs[name], module, adapter_name=adapter_name)
-        set_peft_model_state_dict(module, part, adapter_name)
-        module._hf_peft_config_loaded = True  # what set_adapters and others of diffusers ask for
-
-
-def _to_peft(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    if any(".lora_linear_layer." in name for name in weights):
-        return convert_state_dict_to_peft(weights)
-    return convert_unet_state_dict_to_peft(weights)  # leaves PEFT's own names alone
-
-
-def _replace(function: Callable[..., Any]) -> None:
-    for name in (_HOME, *_USERS):
-        if name in sys.modules:  # the others will import it from its home
-            setattr(sys.modules[name], _FUNCTION, function)
+def _replace(name: str, function: Callable[..., Any]) -> None:
+    for place in _PLACES[name]:
+        if f"diffusers.{place}" in sys.modules:  # the others will import it from its home
+            setattr(_module(place), name, function)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
+import peft.optimizers
 from packaging.version import Version
 from peft import PeftType
 from peft.mapping import (
@@ -40,12 +41,14 @@ _EQUAL_FOR_HOTSWAP = [
     "init_seed",  # files without frozen factors exchange the trained ones only
 ]
 _FUNCTION = "get_peft_model_state_dict"
+_LORAFA = "create_lorafa_optimizer"
 
 
 def install(config_cls: type, model_cls: type) -> None:
     """Make PEFT know T-LoRA, and warn of a version that nobody has tested."""
     register(config_cls, model_cls)
     _let_old_versions_save()
+    _refuse_lorafa()
     first, end = map(Version, _TESTED)
     if not first <= Version(peft.__version__) < end:
         warnings.warn(
@@ -91,10 +94,33 @@ def _let_old_versions_save() -> None:
     original = getattr(save_and_load, _FUNCTION)
     if hasattr(LoraModel, "_get_adapter_state_dict") or hasattr(original, "__wrapped__"):
         return
-    wrapped = _wrap(original)
-    for module in list(sys.modules.values()):  # each that imported the function by its name
-        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
-            setattr(module, _FUNCTION, wrapped)
+    _replace(_FUNCTION, original, _wrap(original))
+
+
+def _refuse_lorafa() -> None:
+    """Let PEFT's LoRA-FA optimizer refuse T-LoRA, where it would pair lambda with lora_A."""
+    original = getattr(peft.optimizers, _LORAFA)
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def create(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, TimestepLayer) for module in model.modules()):
+            raise ValueError(
+                "The LoRA-FA optimizer is not supported with T-LoRA: it freezes lora_A and inverts "
+                "A A^T, and a T-LoRA layer trains three factors whose lora_A starts at zero. Use "
+                "another optimizer, such as AdamW or LoRA+."
+            )
+        return original(model, *args, **kwargs)
+
+    _replace(_LORAFA, original, create)
+
+
+def _replace(name: str, original: Any, function: Any) -> None:
+    """Replace a function in each module that imported it by its name."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is original:
+            setattr(module, name, function)
 
 
 def _wrap(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:

@@ -1,7 +1,9 @@
-"""What torch doesn't tell in public: whether functional transforms are at work."""
+"""What torch doesn't tell in public, and what its sharded tensors ask for."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def has_transforms() -> bool:
@@ -10,3 +12,11 @@ def has_transforms() -> bool:
     An autograd function with a backward alone doesn't take part in these.
     """
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has, to be used with one that may be sharded over them."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)

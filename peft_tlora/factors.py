@@ -1,0 +1,79 @@
+"""The modules that hold a layer's factors beside LoRA's own, and what each of them computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class Factor(nn.Module):
+    """One tensor of an adapter, as a module so that its name ends in `.weight` as LoRA's do.
+
+    Args:
+        weight: The tensor.
+        trainable: Whether it becomes a parameter; a buffer if not.
+        saved: Whether a buffer belongs to the state dict.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, *, trainable: bool = False, saved: bool = True) -> None:
+        super().__init__()
+        if trainable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight, persistent=saved)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Factor":
+        """Move and cast a buffer, but to no dtype of fewer than 16 bits, which would ruin it."""
+        before = self.weight
+        super()._apply(fn, recurse)
+        if not before.requires_grad and self.weight.dtype.itemsize < 2:
+            self.weight = before.to(self.weight.device)
+        return self
+
+
+class Projection(Factor):
+    """A frozen projection: a buffer of shape (out, in) or (out, in, *kernel)."""
+
+    def forward(self, x: Tensor, like: nn.Module | None = None) -> Tensor:
+        """Project (..., in); or (batch, in, ...) as a convolution `like` does with its weight."""
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        if like is None:
+            return linear(x, weight)
+        convolution: Any = like
+        return convolution._conv_forward(x, weight, None)
+
+
+class Scale(Factor):
+    """Singular values, or their differences: a tensor of shape (r, 1)."""
+
+    def forward(self, x: Tensor, trailing: int = 0) -> Tensor:
+        """Multiply (..., r), or (..., r, *trailing) with that number of trailing dimensions."""
+        return x * self.weight.reshape(-1, *(1,) * trailing)
+
+
+def plain_weight(module: nn.Module, cls: type[nn.Module]) -> Tensor | None:
+    """The weight of a module that may be read without calling it; None if somebody watches.
+
+    A forward of its own, hooks, another class or a weight of another kind say that calling it does
+    more: engines that shard or offload, quantisers, users' hooks.
+    """
+    if (
+        type(module) is not cls
+        or "forward" in module.__dict__  # accelerate and diffusers wrap it
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ):
+        return None
+    weight: Any = module.weight
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
+
+
+def empty_scale(like: Tensor, r: int) -> Tensor:
+    """Zeros for `Scale` on the device and with the dtype of another factor."""
+    return torch.zeros(r, 1, device=like.device, dtype=like.dtype)
