@@ -21,7 +21,7 @@ from peft_tlora import TLoraConfig
 CONFIGS = {
     "LoRA": (LoraConfig, {}),
     "T-LoRA": (TLoraConfig, {}),
-    "T-LoRA, compact": (TLoraConfig, {"save_initial_factors": False, "init_seed": 0}),
+    "T-LoRA, save_initial_factors=True": (TLoraConfig, {"save_initial_factors": True}),
     "Vanilla T-LoRA": (TLoraConfig, {"ortho_init": None}),
 }
 REPEATS = 5

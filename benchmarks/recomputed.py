@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 
 from peft_tlora.formats.adapter import AdapterLayer
 from peft_tlora.formats.recomputed import recompute
+from peft_tlora.formats.tensors import from_whole
 from peft_tlora.functional import Factors
 from peft_tlora.schedule import RankSchedule
 
@@ -22,12 +23,16 @@ R = 16
 
 
 def trained(weight, sig_type, step):
-    """Factors that started as triplets of a weight and moved by `step` of their own size."""
+    """Q, P and lam that started as triplets of a weight and moved by `step` of their own size.
+
+    Returns:
+        These, and where they started.
+    """
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     window = {"principal": slice(0, R), "last": slice(len(s) - R, len(s))}[sig_type]
-    start = vh[window], u[:, window], s[window]
-    q, p, lam = (f + step * f.norm() / f.numel() ** 0.5 * torch.randn_like(f) for f in start)
-    return Factors(q, p, lam, *start)
+    start = vh[window], u[:, window], s[window, None]
+    moved = (f + step * f.norm() / f.numel() ** 0.5 * torch.randn_like(f) for f in start)
+    return *moved, *start
 
 
 def main():
@@ -44,8 +49,8 @@ def main():
             lost = total = refused = 0
             agreements = []
             for name, weight in weights.items():
-                true = trained(weight, sig_type, 0.1)
-                file = Factors(true.q, true.p, true.lam)
+                q, p, lam, *start = trained(weight, sig_type, 0.1)
+                true, file = from_whole(q, p, lam, *start), Factors(q, p, lam)
                 try:
                     found, agreement = recompute(name, file, weight.to(dtype), sig_type)
                 except ValueError:

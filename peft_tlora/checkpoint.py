@@ -56,9 +56,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         for layer in layers
     }
     alphas = {layer: encoded.lora_alpha for layer, encoded in decoded.items()}
-    shared = {
-        (replace(encoded.schedule, r=1), encoded.use_rslora) for encoded in decoded.values()
-    }
+    shared = {(replace(encoded.schedule, r=1), encoded.use_rslora) for encoded in decoded.values()}
     if len(shared) > 1:
         raise ValueError(
             f"The layers of one adapter must share one schedule, found {len(shared)}: {shared}."

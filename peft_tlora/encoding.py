@@ -19,8 +19,8 @@ from .schedule import RANK_SCHEDULES, TIMESTEP_TYPES, RankSchedule
 _VERSION = 1
 # version, kind, exponent, min_rank, whether it is a fraction, num_train_timesteps, reversed,
 # lora_alpha, use_rslora, timestep type, rank_multiple; of the recipe of the start choice, seed,
-# in_features and fingerprint; zero bytes, so that the length is a multiple of 3; checksum
-_LAYOUT = struct.Struct("<BBdd?d?d?bIbQI24b4xI")
+# name, in_features and fingerprint; zero bytes, so that the length is a multiple of 3; checksum
+_LAYOUT = struct.Struct("<BBdd?d?d?bIbQQI24b2xI")
 _NONE = -1  # for an index: no timestep type, no recipe
 _DIGITS = 8 * _LAYOUT.size // 3
 _TOLERANCE = 0.125  # what averaging in bfloat16 may add
@@ -54,11 +54,11 @@ def encode_schedule(encoded: Encoded) -> Tensor:
         _NONE if type_ is None else TIMESTEP_TYPES.index(type_),
         schedule.rank_multiple,
         *(
-            (_NONE, 0, 0, *([0] * 24))
+            (_NONE, 0, 0, 0, *([0] * 24))
             if recipe is None
             else (
-                *(ORTHO_INITS.index(recipe.choice), recipe.seed, recipe.in_features),
-                *recipe.fingerprint,
+                *(ORTHO_INITS.index(recipe.choice), recipe.seed, recipe.name),
+                *(recipe.in_features, *recipe.fingerprint),
             )
         ),
     ]
@@ -93,7 +93,8 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
             "them with add_weighted_adapter. Or the file is damaged."
         )
     version, kind, exponent, min_rank, is_fraction, total, is_reversed = fields[:7]
-    lora_alpha, use_rslora, type_, multiple, choice, seed, in_features = fields[7:14]
+    lora_alpha, use_rslora, type_, multiple = fields[7:11]
+    choice, seed, name, in_features = fields[11:15]
     known = (
         kind < len(RANK_SCHEDULES)
         and _NONE <= type_ < len(TIMESTEP_TYPES)
@@ -103,7 +104,7 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
     if version != _VERSION or not known:
         raise ValueError(
             f"lora_schedule of layer {layer[:200]} has version {version} or values that this "
-            f"peft_tlora, which writes version {_VERSION}, doesn't know: install the one that wrote "
+            f"peft_tlora doesn't know, which writes version {_VERSION}: install the one that wrote "
             "the file."
         )
     schedule = RankSchedule(
@@ -118,7 +119,7 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
     )
     recipe = None
     if choice != _NONE:
-        recipe = Recipe(ORTHO_INITS[choice], seed, in_features, tuple(fields[14:38]))  # pyright: ignore[reportArgumentType]
+        recipe = Recipe(ORTHO_INITS[choice], seed, name, in_features, fields[15:])  # pyright: ignore[reportArgumentType]
     return Encoded(schedule, lora_alpha, use_rslora, recipe)
 
 

@@ -21,6 +21,7 @@ class Factor(nn.Module):
 
     def __init__(self, weight: Tensor, *, trainable: bool = False, saved: bool = True) -> None:
         super().__init__()
+        self.saved = saved
         if trainable:
             self.weight = nn.Parameter(weight)
         else:

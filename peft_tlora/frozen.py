@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .orthogonal import OrthoInit, random_triplets
+from .orthogonal import OrthoInit, derive_seed, random_triplets
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _LEADING = ("base_model.model.", "module.")
 _SAMPLES = 8  # of each factor in a fingerprint
 _LEVELS = 8  # of a fingerprint a standard deviation
@@ -31,11 +33,13 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a layer's start is made of, besides its name and shape.
+    """What a layer's start is made of, besides its shape.
 
     Args:
         choice: Which singular triplets it is.
         seed: Seed of the draw.
+        name: The `name_key` of the layer where it was trained; another version of the host may
+            name it otherwise.
         in_features: Size of the second dimension of the down-projection that was drawn; a layer
             that was widened since, as for a control adapter of FLUX, has zeros for the rest.
         fingerprint: Of the start, as `fingerprint` computes it.
@@ -43,6 +47,7 @@ class Recipe:
 
     choice: OrthoInit
     seed: int
+    name: int
     in_features: int
     fingerprint: tuple[int, ...]
 
@@ -58,8 +63,13 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def name_key(name: str) -> int:
+    """A layer's name as a number of 63 bits, without what wrappers have put into it."""
+    return derive_seed(0, canonical_name(name))
+
+
 def draw_start(
-    dq: Tensor, dp: Tensor, groups: int, choice: OrthoInit, *, seed: int, name: str
+    dq: Tensor, dp: Tensor, groups: int, choice: OrthoInit, *, seed: int, name: int
 ) -> Start:
     """Draw the start of a layer; each group of a grouped convolution has its own draw.
 
@@ -69,7 +79,7 @@ def draw_start(
         groups: Groups of the up-projection.
         choice: Which singular triplets.
         seed: Seed of the draw.
-        name: The layer's `canonical_name`.
+        name: The layer's `name_key`.
 
     Returns:
         Factors in float32 on the CPU, which bfloat16 and float16 hold exactly.
@@ -97,28 +107,45 @@ def fingerprint(start: Start) -> tuple[int, ...]:
     q0, p0, lam0 = (factor.detach().flatten() for factor in start)
     numbers: list[float] = []
     for factor, size in ((q0, start.q0[0].numel()), (p0, len(start.p0))):
-        picked = factor[torch.linspace(0, len(factor) - 1, _SAMPLES).long()]
-        numbers += (picked * size**0.5 * _LEVELS).tolist()
+        numbers += (_picked(factor) * size**0.5 * _LEVELS).tolist()
     largest = max(float(lam0[0]), 1e-30)
-    numbers += (lam0[torch.linspace(0, len(lam0) - 1, _SAMPLES).long()] / largest * 32).tolist()
+    numbers += (_picked(lam0) / largest * 32).tolist()
     return tuple(max(-64, min(63, round(number))) for number in numbers)
 
 
-def rebuild(recipe: Recipe, dq: Tensor, dp: Tensor, groups: int, name: str) -> Start:
+def new_start(
+    dq: Tensor, dp: Tensor, groups: int, choice: OrthoInit, *, seed: int, name: str
+) -> tuple[Start, Recipe]:
+    """The start of a new layer and what it is made of; see `draw_start`."""
+    key = name_key(name)
+    start = draw_start(dq, dp, groups, choice, seed=seed, name=key)
+    return start, Recipe(choice, seed, key, dq.shape[1], fingerprint(start))
+
+
+def _picked(entries: Tensor) -> Tensor:
+    return entries[[(len(entries) - 1) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]]
+
+
+def rebuild(recipe: Recipe, dq: Tensor, dp: Tensor, groups: int, layer: str) -> Start:
     """The start of a recipe; see `draw_start`.
 
     Raises:
-        ValueError: If it isn't that with which the adapter was trained.
+        ValueError: If it isn't that with which the adapter was trained, or can't be of this layer.
     """
+    narrower = dq.dim() == 2 and 1 <= recipe.in_features < dq.shape[1]
+    if recipe.in_features != dq.shape[1] and not narrower:
+        raise ValueError(
+            f"The start of the factors of {layer} was made for {recipe.in_features} inputs, it has "
+            f"{dq.shape[1]}. Is the adapter for another base model?"
+        )
     drawn = dq if dq.shape[1] == recipe.in_features else dq.new_empty(len(dq), recipe.in_features)
-    start = draw_start(drawn, dp, groups, recipe.choice, seed=recipe.seed, name=name)
+    start = draw_start(drawn, dp, groups, recipe.choice, seed=recipe.seed, name=recipe.name)
     found = fingerprint(start)
     if any(abs(a - b) > 1 for a, b in zip(found, recipe.fingerprint, strict=True)):
         raise ValueError(
-            f"The start of the factors made for {name} from init_seed={recipe.seed} is not the one "
-            "that the adapter was trained with, so the adapter would compute something else. "
-            "Either the layer has another name in this model, or this version of peft_tlora draws "
-            "other numbers. Load it where it was trained and save it with "
+            f"The start of the factors made for {layer} from init_seed={recipe.seed} is not that "
+            "with which the adapter was trained, so it would compute something else: this version "
+            "of peft_tlora draws other numbers. Load it where it was trained and save it with "
             "save_initial_factors=True."
         )
     return widened(start, dq)
@@ -127,6 +154,6 @@ def rebuild(recipe: Recipe, dq: Tensor, dp: Tensor, groups: int, name: str) -> S
 def widened(start: Start, dq: Tensor) -> Start:
     """The start with columns of zeros for the inputs that a layer got later."""
     missing = dq.shape[1] - start.q0.shape[1]
-    if missing <= 0 or dq.dim() > 2:
+    if missing <= 0 or dq.dim() > 2 or start.q0.dim() > 2:
         return start
     return start._replace(q0=torch.nn.functional.pad(start.q0, (0, missing)))

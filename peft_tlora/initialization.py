@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from .config import TLoraConfig
 from .denoisers import Layout
 from .factors import Scale, empty_scale
-from .frozen import Recipe, Start, draw_start, fingerprint
+from .frozen import Start, new_start
 from .orthogonal import OrthoInit, weight_triplets
 from .ranks import Layer, groups_of
 from .schedule import RankSchedule
@@ -42,9 +42,9 @@ def add_tlora(
     lora_A = layer.lora_A[adapter_name]
     if isinstance(lora_A, _ConvNd):
         _match_convolution(lora_A, layer.get_base_layer())
-    variant = TLoraVariant(layer_name, start_name, schedule, layout)
     if config.ortho_init is not None:
-        _initialise(layer, adapter_name, config, config.ortho_init, variant)
+        _initialise(layer, adapter_name, config, config.ortho_init, layer_name, start_name)
+    variant = TLoraVariant(layer_name, schedule, layout)
     layer.lora_variant[adapter_name] = variant
     layer.keep_schedule(adapter_name, variant)
 
@@ -58,17 +58,21 @@ def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
 
 @torch.no_grad()
 def _initialise(
-    layer: Layer, adapter: str, config: TLoraConfig, choice: OrthoInit, variant: TLoraVariant
+    layer: Layer,
+    adapter: str,
+    config: TLoraConfig,
+    choice: OrthoInit,
+    layer_name: str,
+    start_name: str,
 ) -> None:
     dq, dp = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     seed, recipe = config.init_seed or 0, None
     if config.ortho_source == "random":
-        start = draw_start(dq, dp, groups_of(layer), choice, seed=seed, name=variant.start_name)
-        recipe = Recipe(choice, seed, dq.shape[1], fingerprint(start))
+        start, recipe = new_start(dq, dp, groups_of(layer), choice, seed=seed, name=start_name)
     elif dq.is_meta or config.inference_mode:  # a file follows; an SVD takes long
         start = Start(torch.zeros(dq.shape), torch.zeros(dp.shape), torch.zeros(len(dq), 1))
     else:
-        start = _weight_start(layer, dq, dp, choice, variant, seed)
+        start = _weight_start(layer, dq, dp, choice, layer_name, seed)
     # exact in 16 bits, so that a cast of a new adapter's factors costs nothing but what it must
     dtype = dq.dtype if dq.dtype in _MATRIX_DTYPES else torch.bfloat16
     device = "cpu" if dq.is_meta else dq.device
@@ -81,10 +85,9 @@ def _initialise(
 
 
 def _weight_start(
-    layer: Layer, dq: Tensor, dp: Tensor, choice: OrthoInit, variant: TLoraVariant, seed: int
+    layer: Layer, dq: Tensor, dp: Tensor, choice: OrthoInit, layer_name: str, seed: int
 ) -> Start:
     """The start from the singular triplets of the base layer's weight."""
-    layer_name = variant.ranks.layer_name
     base = layer.get_base_layer()
     name = "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
     weight: Any = getattr(base, name, None)
@@ -98,5 +101,5 @@ def _weight_start(
             "ortho_source='random' or leave the layer out with exclude_modules."
         )
     matrix = transpose(weight, getattr(layer, "fan_in_fan_out", False)).flatten(1)
-    p0, lam0, q0 = weight_triplets(matrix, len(dq), choice, seed=seed, name=variant.start_name)
+    p0, lam0, q0 = weight_triplets(matrix, len(dq), choice, seed=seed, name=layer_name)
     return Start(q0.reshape(dq.shape), p0.reshape(dp.shape), lam0[:, None])

@@ -102,6 +102,16 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
             if isinstance(container, nn.ModuleDict) and adapter in container:
                 container[adapter].to(device)
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As in PEFT, but without its cast to a base's dtype of 8 bits, which ruins an adapter."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize < 2:
+            self.move_adapter(adapter_name, device or weight.device)
+        else:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def start(self, adapter: str) -> Start:
         """The frozen factors of an adapter with an orthogonal initialisation."""
         return Start(*(getattr(self, name)[adapter].weight for name in START))
@@ -113,14 +123,18 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
 
         Args:
             adapter: Name of the adapter.
-            start: The factors.
+            start: The factors. They come to the device of the trained ones, if these are on one.
             recipe: What they are made of; None if only a file can tell, which then holds them.
-            saved: Whether files hold them in any case.
+            saved: Whether files hold them in any case, as they do if they held them before.
         """
+        device = self.lora_A[adapter].weight.device
         saved = saved or recipe is None
-        self.lora_A_init[adapter] = Projection(start.q0, saved=saved)
-        self.lora_B_init[adapter] = Projection(start.p0, saved=saved)
-        self.lora_lambda_init[adapter] = Scale(start.lam0, saved=saved)
+        for name, cls, factor in zip(START, (Projection, Projection, Scale), start, strict=True):
+            container = getattr(self, name)
+            if adapter in container:
+                saved = saved or container[adapter].saved
+            factor = factor if device.type == "meta" else factor.to(device)
+            container[adapter] = cls(factor, saved=saved)
         self.recipes[adapter] = recipe
 
     def keep_schedule(self, adapter: str, variant: TLoraVariant) -> None:
@@ -157,49 +171,35 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
         ortho = adapter in self.lora_lambda
         if ortho and "lora_lambda" not in tensors and {"lora_A", "lora_B"} <= tensors.keys():
             raise ValueError(_HALF.format(name))
-        encoded = None
+        recipe = self.recipes.get(adapter)
         if "lora_schedule" in tensors:
             encoded = decode_schedule(tensors["lora_schedule"], self.r[adapter], name)
             variant.follow(self, encoded.schedule)
-        if not ortho:
-            return
-        dq, dp = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        given = [tensors.get(part) for part in START]
-        if all(part is not None for part in given):
-            start = widened(Start(*given), dq)  # pyright: ignore[reportArgumentType]
-            tensors.update(zip(START, start, strict=True))
-            recipe = None if encoded is None else encoded.recipe
-            self.set_start(adapter, _placed(start, dq), recipe, saved=True)
-        elif encoded is not None and encoded.recipe is None:
-            raise ValueError(_NO_START.format(name))
-        elif encoded is not None and encoded.recipe not in (None, self.recipes[adapter]):
             recipe = encoded.recipe
-            start = rebuild(recipe, dq, dp, groups_of(self), variant.start_name)  # pyright: ignore[reportArgumentType]
-            saved = "weight" not in self.lora_A_init[adapter]._non_persistent_buffers_set
-            self.set_start(adapter, _placed(start, dq), recipe, saved=saved)
+        if ortho and START[0] in tensors:
+            start = Start(*(tensors[part] for part in START))
+            start = widened(start, self.lora_A[adapter].weight)
+            tensors.update(zip(START, start, strict=True))
+            self.set_start(adapter, start, recipe, saved=True)
+        elif ortho and recipe != self.recipes[adapter]:
+            if recipe is None:
+                raise ValueError(_NO_START.format(name))
+            factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            self.set_start(adapter, rebuild(recipe, *factors, groups_of(self), name), recipe)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         """Load, and follow the schedule and the start that the weights were trained with."""
         super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportAttributeAccessIssue]
         for adapter in self.lora_variant:
-            ours = f"{prefix}lora_A.{adapter}.weight" in state_dict
-            tensors: dict[str, Tensor] = {}
-            keys: dict[str, str] = {}
-            for part in self.parts:
+            keys = {part: f"{prefix}{part}.{adapter}.weight" for part in self.parts}
+            if keys["lora_A"] in state_dict:
                 # PEFT passes on without the adapter's name what the adapter wouldn't save
-                for key in (f"{prefix}{part}.{adapter}.weight", f"{prefix}{part}.weight")[: 1 + ours]:
-                    if key in state_dict:
-                        tensors[part], keys[part] = state_dict[key], key
-                        break
+                for part in START:
+                    if f"{prefix}{part}.weight" in state_dict:
+                        state_dict[keys[part]] = state_dict.pop(f"{prefix}{part}.weight")
+            tensors = {part: state_dict[key] for part, key in keys.items() if key in state_dict}
             self.follow(adapter, tensors)
-            for part in keys.keys() & set(START):
-                del state_dict[keys[part]]
-                state_dict[f"{prefix}{part}.{adapter}.weight"] = tensors[part]
-
-
-def _placed(start: Start, like: Tensor) -> Start:
-    """A start on the device of the trained factors; those on the meta device come later."""
-    return start if like.is_meta else Start(*(factor.to(like.device) for factor in start))
+            state_dict |= {keys[part]: tensors[part] for part in START if part in tensors}
 
 
 class UnquantizedLayer(TLoraLayer):
@@ -250,7 +250,9 @@ class Linear(UnquantizedLayer, lora.Linear):
             and x.dtype in (torch.float32, torch.float64)  # fewer bits would lose the update
             and autocast_dtype(x) is None
         )
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        trained = torch.is_grad_enabled() and (
+            weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
         if not fits or trained or (dropout.training and not isinstance(dropout, nn.Identity)):
             return None
         factors = variant.plain_factors(self, names[0])

@@ -1,6 +1,5 @@
 """Loads an adapter into any module or pipeline through public functions of PEFT and diffusers."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,17 +12,12 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .checkpoint import config_from_state_dict, is_tlora, pattern_of
+from .checkpoint import config_from_state_dict, is_half, is_tlora, pattern_of
 from .config import TLoraConfig
-from .formats.adapter import Adapter, check_fit
+from .formats.adapter import Adapter, check_fit, weight_of
 from .formats.files import open_checkpoint
-from .formats.tensors import layers_of_own
+from .formats.tensors import layers_of_own, parsed
 from .frozen import canonical_name
-
-_NAME = re.compile(
-    r"(?P<layer>.+)\.(?P<part>lora_(?:A|B|lambda)(?:_init)?|lora_schedule)"
-    r"(?:\.(?P<adapter>.+))?\.weight"
-)
 
 
 def load_tlora_weights(
@@ -61,11 +55,15 @@ def load_tlora_weights(
         )
     modules = {"": target} if isinstance(target, nn.Module) else _modules_of(target)
     parts, others = _sorted(_tensors(target, source, kwargs), modules)
+    for name, part in list(parts.items()):
+        if config is None and not is_tlora(part) and not is_half(part):  # plain LoRA
+            others += parts.pop(name)
     if not parts:
         raise ValueError(
             f"{len(others)} tensors were read, but none belongs to a T-LoRA adapter for a model of "
-            f"{type(target).__name__}, such as {next(iter(others), 'none')[:200]!r}; load plain "
-            "LoRA with the host's own loader."
+            f"{type(target).__name__}, such as {next(iter(others), 'none')[:200]!r}: load plain "
+            "LoRA with the host's own loader, and a Vanilla T-LoRA whose lora_schedule is lost "
+            "with config=TLoraConfig(...)."
         )
     taken = {name for part in parts for name in getattr(modules[part], "peft_config", {})}
     if adapter_name is None:
@@ -84,7 +82,9 @@ def load_tlora_weights(
         inject_adapter_in_model(configs[name], module, adapter_name=adapter_name)
         set_peft_model_state_dict(module, part, adapter_name)
         if hasattr(module, "_hf_peft_config_loaded"):
-            module._hf_peft_config_loaded = True  # what set_adapters and others of diffusers ask for
+            module._hf_peft_config_loaded = (
+                True  # what set_adapters and others of diffusers ask for
+            )
 
 
 def _modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -119,37 +119,50 @@ def _sorted(
     """The adapters' tensors by model and by the layers' names there, and the names of the rest."""
     names = {part: {name for name, _ in module.named_modules()} for part, module in modules.items()}
     parts: dict[str, dict[str, Tensor]] = {}
-    adapters: set[str | None] = set()
     others = []
-    for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
-        place = None if match is None else _place(match["layer"], names)
-        if match is None or place is None:
-            others.append(name)
-            continue
-        part, layer = place
-        adapters.add(match["adapter"])
-        parts.setdefault(part, {})[f"{layer}.{match['part']}.weight"] = tensor
+    adapters = {match["adapter"] for match in map(parsed, tensors) if match}
     if len(adapters) > 1:
         raise ValueError(
             f"The source holds several adapters, {sorted(map(str, adapters))}: pass the tensors of "
             "one of them."
         )
+    for name, tensor in tensors.items():
+        match = parsed(name)
+        place = None if match is None else _place(match["layer"], names)
+        if match is None or place is None:
+            others.append(name)
+            continue
+        part, layer = place
+        key = f"{layer}.{match['part']}.weight"
+        if key in parts.setdefault(part, {}):
+            raise ValueError(f"{name[:200]!r} says again what another tensor of its layer said.")
+        parts[part][key] = tensor
     return parts, others
 
 
 def _place(layer: str, names: Mapping[str, set[str]]) -> tuple[str, str] | None:
     """The model that a layer is in and its name there, whatever wrappers and hosts prefixed."""
-    short = canonical_name(layer)
-    first, _, rest = short.partition(".")
+    whole = canonical_name(layer)
+    first, _, rest = whole.partition(".")
     candidates = {first: names[first]} if first in names else names
-    short = rest if first in names else short
+    whole = short = rest if first in names else whole
     while short:
         for part, known in candidates.items():
-            if short in known or f"{short}.base_layer" in known:
+            if short in known or short.replace(".base_layer", "") in known:
                 return part, short
         short = short.partition(".")[2]
-    return None
+    inside = [
+        (part, name)
+        for part, known in candidates.items()
+        for name in known
+        if name.endswith(f".{whole}")
+    ]
+    if len(inside) > 1:
+        raise ValueError(
+            f"The layer {layer[:200]} may be any of {sorted(name for _, name in inside)[:3]}: pass "
+            "the part of the model that the adapter is for."
+        )
+    return inside[0] if inside else None
 
 
 def _config(
@@ -165,25 +178,35 @@ def _config(
         return config_from_state_dict(part)
     if config is None:
         raise ValueError(
-            "The source has lora_A and lora_B without a lora_schedule: it is plain LoRA, or the "
-            "trained tensors of a T-LoRA adapter alone. For the latter pass the config that they "
-            "were trained with, as config=TLoraConfig(...); load plain LoRA with the host's loader."
+            "The source has the trained tensors of a T-LoRA adapter without its lora_schedule, as "
+            "a host saves them that keeps what requires grad: pass the config that they were "
+            "trained with, as config=TLoraConfig(...)."
         )
-    layers = {name.rpartition(".lora_")[0] for name in part}
-    wanted = {"lora_A", "lora_B", *(() if config.ortho_init is None else ("lora_lambda",))}
-    for layer in sorted(layers):
-        found = {name for name in wanted if f"{layer}.{name}.weight" in part}
+    if config.ortho_source == "weight":
+        raise ValueError(
+            "ortho_source='weight': the start that the adapter was trained from is not in the "
+            "source. Save it where it was trained with get_peft_model_state_dict."
+        )
+    names = ["lora_A", "lora_B", "lora_lambda"]
+    wanted = names[: 2 if config.ortho_init is None else 3]
+    layers = sorted({name.rpartition(".lora_")[0] for name in part})
+    modules = dict(module.named_modules())
+    for layer in layers:
+        found = [name for name in names if f"{layer}.{name}.weight" in part]
         if found != wanted:
             raise ValueError(
-                f"With ortho_init={config.ortho_init!r} layer {layer[:200]} needs {sorted(wanted)}, "
-                f"the source has {sorted(found)}. Is it plain LoRA, or was it trained with another "
+                f"With ortho_init={config.ortho_init!r} layer {layer[:200]} has {wanted}, in the "
+                f"source it has {found}. Is it plain LoRA, or was it trained with another "
                 "ortho_init?"
             )
-        place = module.get_submodule(layer)
-        weight = getattr(getattr(place, "base_layer", place), "weight", None)
-        if isinstance(weight, Tensor):
-            check_fit(layer, *(part[f"{layer}.lora_{x}.weight"] for x in "AB"), weight)
+        weight = weight_of(modules, layer)
+        if weight is not None:
+            dq, dp = (part[f"{layer}.{name}.weight"] for name in names[:2])
+            check_fit(layer, dq, dp, weight)
     r, rank_pattern = pattern_of({x: len(part[f"{x}.lora_A.weight"]) for x in layers})
     if config.r not in (r, *rank_pattern.values()):
-        raise ValueError(f"The config has r={config.r}, the source r={r}: {rank_pattern or ''}")
-    return replace(config, r=r, rank_pattern=rank_pattern, target_modules=sorted(layers))
+        raise ValueError(
+            f"The config has r={config.r}, the layers in the source have "
+            f"{sorted({r, *rank_pattern.values()})}: it is of another training."
+        )
+    return replace(config, r=r, rank_pattern=rank_pattern, target_modules=layers)

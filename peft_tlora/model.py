@@ -13,7 +13,6 @@ from .combination import as_plain_lora, order_by_rank, plan_combination
 from .config import TLoraConfig
 from .denoisers import Denoiser, find_denoiser, name_inside
 from .dispatch import as_tlora_layer
-from .frozen import canonical_name
 from .hooks import connect, disconnect
 from .initialization import add_tlora
 from .integrations.diffusers import (
@@ -50,7 +49,7 @@ class TLoraModel(LoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Add an adapter to a model and connect its layers with the model's timestep."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         weights = weights_of_file(config)
         try:
             refuse_hotswap_preparation(model)
@@ -176,7 +175,7 @@ class TLoraModel(LoraModel):
             adapter_name,
             config,
             layer_name,
-            canonical_name(inside),
+            inside,
             config.schedule(
                 r, denoiser.num_train_timesteps, denoiser.timestep_reversed, denoiser.timestep_type
             ),

@@ -81,7 +81,7 @@ def _generator(seed: int, name: str) -> np.random.SFC64:
 
 
 def _rounded(values: np.ndarray) -> Tensor:
-    """Round to float32 with 8 significant bits, as bfloat16 has, and multiples of 2^-24, as float16.
+    """Round to 8 significant bits, as bfloat16 has, and to multiples of 2^-24, as float16 has.
 
     Adding half of the last bit kept, less one if that bit is even, rounds half to even.
     """

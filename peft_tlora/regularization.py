@@ -12,10 +12,11 @@ from .ranks import groups_of
 def orthogonality_loss(model: nn.Module, adapter_names: Iterable[str] | None = None) -> Tensor:
     """`||P^T P - I||^2 + ||Q Q^T - I||^2`, summed over the T-LoRA layers of a model.
 
-    Add it, times a weight of your choice, to the training loss to keep the ranks independent; at
-    an orthogonal initialisation it is next to 0 (1e-5 in a layer of 640 features at r = 16). The norms are Frobenius norms, as in the official code of
-    T-LoRA, which has the term but doesn't use it. In a layer smaller than the rank, the ranks that
-    fit count; the groups of a grouped convolution count one by one.
+    Add it, times a weight of your choice, to the training loss to keep the ranks independent. At an
+    orthogonal initialisation it is next to 0: 1e-5 in a layer of 640 features at r = 16. The norms
+    are Frobenius norms, as in the official code of T-LoRA, which has the term but doesn't use it.
+    In a layer smaller than the rank, the ranks that fit count; the groups of a grouped convolution
+    count one by one.
 
     Args:
         model: Any module that holds T-LoRA layers: a PeftModel, a model with an injected adapter.

@@ -35,16 +35,12 @@ class TLoraVariant(LoraVariant):
 
     Args:
         layer_name: Name of the layer in the model, for messages.
-        start_name: The name that its start is made from.
         schedule: The rank schedule.
         layout: How the batch lies in the layer's input.
     """
 
-    def __init__(
-        self, layer_name: str, start_name: str, schedule: RankSchedule, layout: Layout
-    ) -> None:
+    def __init__(self, layer_name: str, schedule: RankSchedule, layout: Layout) -> None:
         self.ranks = ActiveRanks(layer_name, schedule, layout)
-        self.start_name = start_name
         self.merged_rank: int | Tensor | None = None
 
     def init(self, module: Layer, adapter_name: str, **kwargs: object) -> None:
@@ -68,9 +64,8 @@ class TLoraVariant(LoraVariant):
         """
         x = module.lora_dropout[active_adapter](x)
         factors = None if samples is not None else self.plain_factors(module, active_adapter)
-        called = factors is None or has_transforms()
-        dtype = _compute_dtype(module, active_adapter, x, called=called)
-        if factors is None or called:
+        dtype = _compute_dtype(module, active_adapter, x, called=factors is None)
+        if factors is None:
             return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
         gate, first = self._gate(module, active_adapter, x, dtype, factors)
         return add_update(result, x, factors, gate, dtype, first)
@@ -83,7 +78,7 @@ class TLoraVariant(LoraVariant):
 
     def plain_factors(self, module: Layer, adapter: str) -> Factors | None:
         """The factors of a linear layer that may be read; None if the modules must be called."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or has_transforms():
             return None
         names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
         weights = []
@@ -113,7 +108,7 @@ class TLoraVariant(LoraVariant):
         With h = (Q0 + dQ) x and d = dlam h, it is `P0 m (d + lam0 dQ x) + dP m (d + lam0 h)`.
         """
         lora_A, lora_B = module.lora_A[adapter], module.lora_B[adapter]
-        trailing = module._kernel_dim - 2 if isinstance(module, _ConvNd) else 0
+        trailing = _trailing(module)
         trained = lora_A(x)
         channel = trained.dim() - 1 - trailing
         padded = max(trained.shape[channel] - module.r[adapter], 0)  # zeros for a hotswap
@@ -205,6 +200,11 @@ class TLoraVariant(LoraVariant):
                 "without target_rank."
             )
         return factors._replace(dq=factors.dq[:r], dp=factors.dp[:, :r])
+
+
+def _trailing(module: Layer) -> int:
+    """The dimensions after the features: those of a convolution's kernel."""
+    return module._kernel_dim - 2 if isinstance(module, _ConvNd) else 0
 
 
 def _pad(hidden: Tensor, padded: int, trailing: int) -> Tensor:

@@ -1,10 +1,32 @@
 """Adapters as the files of other trainers: their names and shapes, written out."""
 
+from dataclasses import replace
+
 import torch
 from safetensors.torch import save_file
 
 OFFICIAL_ORTHO = ("q_layer.weight", "p_layer.weight", "lambda_layer", "base_q.weight")
 OFFICIAL_ORTHO += ("base_p.weight", "base_lambda")
+
+
+def factors_of(layer):
+    """Q, P and lam whole, and where they started, as all other programs have them."""
+    dq, dp, dlam, q0, p0, lam0 = layer.factors
+    if dlam is None:
+        return dq, dp, None, None, None, None
+    return q0 + dq, p0 + dp, lam0 + dlam, q0, p0, lam0
+
+
+def read_back(adapter):
+    """What such a file says: the differences of its float32 factors, and a start of its own."""
+    layers = {}
+    for name, layer in adapter.layers.items():
+        q, p, lam, q0, p0, lam0 = factors_of(layer)
+        if lam is not None:
+            factors = type(layer.factors)(q - q0, p - p0, lam - lam0, q0, p0, lam0)
+            layer = replace(layer, factors=factors, recipe=None)
+        layers[name] = layer
+    return replace(adapter, layers=layers)
 
 
 def official_sdxl(adapter):
@@ -31,14 +53,13 @@ def official_flux(adapter):
 
 
 def _official(name, layer):
-    if not layer.is_ortho:
-        return {
-            f"{name}_lora.down.weight": layer.factors.q,
-            f"{name}_lora.up.weight": layer.factors.p,
-        }
+    q, p, lam, q0, p0, lam0 = factors_of(layer)
+    if lam is None:
+        return {f"{name}_lora.down.weight": q, f"{name}_lora.up.weight": p}
+    factors = q, p, lam.reshape(1, -1), q0, p0, lam0.reshape(1, -1)
     return {
-        f"{name}_lora.{ending}": factor[None] if factor.dim() == 1 else factor
-        for ending, factor in zip(OFFICIAL_ORTHO, layer.factors, strict=True)
+        f"{name}_lora.{ending}": factor
+        for ending, factor in zip(OFFICIAL_ORTHO, factors, strict=True)
     }
 
 
@@ -66,7 +87,7 @@ def _underscored(adapter, prefix, base_lambda, rename, flat):
     tensors = {}
     for name, layer in adapter.layers.items():
         key = prefix + rename(name).replace(".", "_")
-        q, p, lam, q0, p0, lam0 = layer.factors
+        q, p, lam, q0, p0, lam0 = factors_of(layer)
         tensors[f"{key}.alpha"] = torch.tensor(layer.lora_alpha)
         if lam is None:
             tensors |= {f"{key}.lora_down.weight": q, f"{key}.lora_up.weight": p}
@@ -76,10 +97,10 @@ def _underscored(adapter, prefix, base_lambda, rename, flat):
         tensors |= {
             f"{key}.q_layer.weight": q,
             f"{key}.p_layer.weight": p,
-            f"{key}.lambda_layer": lam[None],
+            f"{key}.lambda_layer": lam.reshape(1, -1),
             f"{key}.base_q.weight": q0,
             f"{key}.base_p.weight": p0,
-            f"{key}.{base_lambda}": lam0[None],
+            f"{key}.{base_lambda}": lam0.reshape(1, -1),
         }
     return tensors
 

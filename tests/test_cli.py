@@ -67,9 +67,9 @@ def test_inspect_tells_format_schedule_and_how_far_each_layer_moved(capsys, file
     adapter = read_diffusers(file)
     assert report["layers"].keys() == adapter.layers.keys()
     for name, layer in adapter.layers.items():
-        q, p, lam, q0, p0, lam0 = (f.double() for f in layer.factors)
-        start = p0 @ torch.diag(lam0) @ q0
-        change = p @ torch.diag(lam) @ q - start
+        dq, dp, dlam, q0, p0, lam0 = (f.double() for f in layer.factors)
+        start = p0 @ torch.diag(lam0.flatten()) @ q0
+        change = (p0 + dp) @ torch.diag((lam0 + dlam).flatten()) @ (q0 + dq) - start
         values = torch.linalg.svdvals(change)
         shares = values[values > 1e-9] / values.sum()
         found = report["layers"][name]
@@ -295,3 +295,78 @@ def test_schedules_that_make_no_sense_raises(capsys, options, code, message):
     found, _, err = run(capsys, "schedule", *options)
     assert found == code
     assert message in err
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A file with trained tensors alone, the file of the whole adapter, and the config's folder."""
+    model = families.adapted("sd", r".*(to_q|attn2\.to_k)", use_rslora=True, init_seed=3)
+    model.peft_config["toy"].save_pretrained(tmp_path / "config")
+    families.model("sd").save_pretrained(tmp_path / "base" / "unet")
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    path = foreign.save(tmp_path / "trained.safetensors", tensors)
+    whole = write_diffusers(families.adapter_of(model), tmp_path / "whole.safetensors")
+    return path, whole, ["--config", tmp_path / "config"], ["--base", tmp_path / "base"]
+
+
+def test_trained_tensors_and_their_config_become_the_whole_adapters_file(capsys, tmp_path, trained):
+    path, whole, config, base = trained
+    target = tmp_path / "out.safetensors"
+    code, _, err = run(capsys, "convert", path, target, "--to", "diffusers", *config, *base)
+    assert (code, err) == (0, "")
+    assert target.read_bytes() == whole.read_bytes()
+    values = json.loads((tmp_path / "config" / "adapter_config.json").read_text())
+    said = {"num_train_timesteps": 1000, "timestep_reversed": False, "timestep_type": "linear"}
+    (tmp_path / "c.json").write_text(json.dumps(values | said))
+    config = ["--config", tmp_path / "c.json"]
+    code, _, err = run(capsys, "convert", path, tmp_path / "p", "--to", "peft", *config)
+    assert code == 0
+    assert "warning: The start is made from the names of the layers in the file" in err
+    found, expected = read_peft(tmp_path / "p"), read_diffusers(whole)
+    for name, layer in expected.layers.items():
+        assert found.layers[name].recipe == layer.recipe
+        assert found.layers[name].schedule.timestep_type == "linear"
+
+
+def test_inspect_and_schedule_take_the_config_of_trained_tensors(capsys, trained):
+    path, whole, config, base = trained
+    report, expected = (
+        json.loads(run(capsys, "inspect", file, "--json", *options)[1])
+        for file, options in ((path, config + base), (whole, []))
+    )
+    assert (report["format"], expected["format"]) == ("state_dict", "diffusers")
+    for name in ("layers", "schedule", "family", "ranks", "lora_alpha", "warnings"):
+        assert report[name] == expected[name]
+    one, other = (
+        run(capsys, "schedule", "--adapter", file, *options)
+        for file, options in ((path, config + base), (whole, []))
+    )
+    assert one == other
+    assert one[0] == 0
+
+
+def test_trained_tensors_without_what_they_need_raises(capsys, tmp_path, file, trained):
+    path, _, config, base = trained
+    commands = {
+        "convert": ["convert", path, tmp_path / "out", "--to", "peft"],
+        "inspect": ["inspect", path],
+        "schedule": ["schedule", "--adapter", path],
+    }
+    for command in commands.values():
+        code, _, err = run(capsys, *command, *base)
+        assert code == 1
+        assert "trained tensors of a T-LoRA adapter alone" in err
+        code, _, err = run(capsys, *command, *config)
+        assert code == 1
+        assert "doesn't say num_train_timesteps and timestep_reversed" in err
+        code, _, err = run(capsys, *command, "--config", tmp_path / "nothing.json")
+        assert code == 1
+        assert "There is no file" in err
+    code, _, err = run(capsys, "convert", file, tmp_path / "out", "--to", "peft", *config)
+    assert code == 1
+    assert "config was given, but a.safetensors is of the file of diffusers" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(capsys, "schedule", *config)
+    assert code == 2
+    assert "options of a file need --adapter" in err

@@ -90,8 +90,7 @@ def test_the_rank_at_the_noisy_and_the_clean_end(name):
     tiny = MODELS[name]
     model = adapted(tiny)
     assert type(model).__name__ == name
-    clean = 3 if describe(model).timestep_type == "log_sigma" else 4  # some noise is always left
-    for value, rank in zip(ends(describe(model)), (1, 2, clean), strict=True):
+    for value, rank in zip(ends(describe(model)), (1, 2, 4), strict=True):
         seen = active_ranks(model, tiny, torch.full((B,), value))
         # a block whose output is dropped (the last text stream) gets no gradient at all
         assert set(seen.values()) - {0} == {rank}, f"t={value}: {seen}"

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, peft_utils
 from peft import LoraConfig, get_peft_model_state_dict
@@ -113,17 +114,22 @@ def test_plain_lora_loads_as_before(tmp_path, metadata):
 
 
 def test_installing_is_idempotent_and_reversible():
-    users = [sys.modules[name] for name in integration._USERS]
-    wrapped = peft_utils._create_lora_config
+    places = [
+        (sys.modules[f"diffusers.{place}"], name)
+        for name, places in integration._PLACES.items()
+        for place in places
+    ]
+    places.append((LoraBaseMixin, "set_lora_device"))
+    wrapped = [getattr(place, name) for place, name in places]
     integration.install()
-    assert peft_utils._create_lora_config is wrapped
+    assert [getattr(place, name) for place, name in places] == wrapped
     integration.uninstall()
-    for module in (peft_utils, *users):
-        assert module._create_lora_config is wrapped.__wrapped__
+    for (place, name), function in zip(places, wrapped, strict=True):
+        assert getattr(place, name) is function.__wrapped__
     integration.install()
-    for module in (peft_utils, *users):
-        assert module._create_lora_config is peft_utils._create_lora_config
-        assert hasattr(module._create_lora_config, "__wrapped__")
+    for place, name in places:
+        assert hasattr(getattr(place, name), "__wrapped__")
+        assert not hasattr(getattr(place, name).__wrapped__, "__wrapped__")
 
 
 def test_an_unknown_diffusers_warns_and_is_left_alone(monkeypatch):

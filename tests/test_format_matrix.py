@@ -18,6 +18,7 @@ from peft_tlora.formats.lora import LORA_WRITERS
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
 from peft_tlora.formats.reading import FORMATS
 
+from . import foreign
 from . import test_formats as trainers
 from .test_lycoris import FACTS as LYCORIS_FACTS
 from .test_lycoris import trained as lycoris
@@ -46,6 +47,16 @@ def own(write, folder, family, **fields):
     return write(adapter, folder / "adapter"), adapter, {}
 
 
+def of_host(folder, family, ortho_init):
+    """The parameters of a wrapped model that its training changed."""
+    model = families.adapted(family, ortho_init=ortho_init)
+    model.peft_config["toy"].save_pretrained(folder)
+    tensors = {f"module.{k}": p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    path = foreign.save(folder / "trained.safetensors", tensors)
+    arguments = {"base": families.model(family), "config": folder}
+    return path, families.adapter_of(model), arguments
+
+
 def of_lycoris(folder, family, ortho_init):
     total = 1.0 if family == "flux" else 1000.0
     path, adapter, base = lycoris(folder, family, ortho_init, num_train_timesteps=total)
@@ -57,6 +68,7 @@ def of_lycoris(folder, family, ortho_init):
 SOURCES = {
     "peft": (partial(own, write_peft), families.FAMILIES, KINDS),
     "diffusers": (partial(own, write_diffusers), families.FAMILIES, KINDS),
+    "state_dict": (of_host, families.FAMILIES, KINDS),
     "official_sdxl": (trainers.official_sdxl, ["sdxl"], KINDS),
     "official_flux": (trainers.official_flux, ["flux"], ["vanilla"]),
     "sd_scripts": (trainers.sd_scripts, ["sd", "sdxl"], KINDS),  # a fork for U-Nets
@@ -92,6 +104,8 @@ def source(request, tmp_path_factory):
     if "base" in arguments:
         arguments.pop("base").save_pretrained(folder / "base")
         options += ["--base", folder / "base"]
+    if "config" in arguments:
+        options += ["--config", arguments.pop("config")]
     for fact, value in vars(arguments.pop("facts", trainers.TrainingFacts())).items():
         options += [] if value is None else [f"--{fact.replace('_', '-')}", value]
     assert not arguments
@@ -189,12 +203,16 @@ def test_a_t_lora_format_keeps_every_bit_and_the_schedule(tmp_path, source, to):
         families.assert_equal(found, source.adapter)
         return
     assert found.layers.keys() == source.adapter.layers.keys()
-    updates = expected_deltas(found, 500)
+    updates, file = expected_deltas(found, 500), load_file(source.path)
     for name, expected in expected_deltas(source.adapter, 500).items():
         layer, other = found.layers[name], source.adapter.layers[name]
         assert (layer.schedule, layer.scaling) == (other.schedule, other.scaling)
-        for a, b in zip(layer.factors[:3], other.factors[:3], strict=True):
-            assert torch.equal(a, b)
+        key = f"lycoris_{name.replace('.', '_')}"
+        wholes = (file[f"{key}.{x}"] for x in ("q_layer.weight", "p_layer.weight", "lambda_layer"))
+        for difference, whole, start in zip(
+            layer.factors[:3], wholes, layer.factors[3:], strict=True
+        ):
+            assert torch.equal(difference, whole.reshape(start.shape) - start)
         assert (updates[name] - expected).norm() <= source.bound * expected.norm(), name
 
 

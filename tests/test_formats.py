@@ -50,7 +50,7 @@ def official_sdxl(folder, family="sdxl", **fields):
     foreign.save(path, foreign.official_sdxl(adapter))
     (folder / "logs").mkdir()
     (folder / "logs" / "hparams.yml").write_text(HPARAMS)
-    return path, adapter, {}
+    return path, foreign.read_back(adapter), {}
 
 
 def official_flux(folder, family="flux", ortho_init=None):
@@ -59,21 +59,21 @@ def official_flux(folder, family="flux", ortho_init=None):
     adapter = families.adapter(family, layers, lora_alpha=6, ortho_init=ortho_init)
     path = foreign.save(folder / "lora.pt", foreign.official_flux(adapter))
     facts = TrainingFacts(min_rank=2, rank_schedule="power")
-    return path, adapter, {"facts": facts, "allow_pickle": True}
+    return path, foreign.read_back(adapter), {"facts": facts, "allow_pickle": True}
 
 
 def sd_scripts(folder, family="sd", **fields):
     adapter = families.adapter(family, num_train_timesteps=1000, **fields)
     tensors = foreign.sd_scripts(adapter, sgm_name if family == "sdxl" else str)
     path = foreign.save(folder / "adapter.safetensors", tensors, METADATA)
-    return path, adapter, {"base": families.model(family)}
+    return path, foreign.read_back(adapter), {"base": families.model(family)}
 
 
 def takenoko(folder, family="wan", **fields):
     adapter = families.adapter(family, **fields)
     path = foreign.save(folder / "adapter.safetensors", foreign.takenoko(adapter, wan_name))
     facts = TrainingFacts(min_rank=2, schedule_exponent=1.0, boundary_timestep=0)
-    return path, adapter, {"base": families.model(family), "facts": facts}
+    return path, foreign.read_back(adapter), {"base": families.model(family), "facts": facts}
 
 
 @pytest.mark.parametrize("family", ["sd", "wan"])
@@ -91,12 +91,14 @@ def test_peft_loads_what_is_written_for_it_and_computes_the_same(tmp_path, famil
         assert torch.equal(found[f"base_model.model.{name}"], tensor)
 
 
-def test_what_peft_and_diffusers_write_themselves_is_read(tmp_path):
-    base = families.adapted("sd")
+@pytest.mark.parametrize("start", [False, True])
+def test_what_peft_and_diffusers_write_themselves_is_read(tmp_path, start):
+    base = families.adapted("sd", save_initial_factors=start)
     expected = families.adapter_of(base)
     weights = get_peft_model_state_dict(base, adapter_name="toy")
     converted = {f"unet.{k}": v for k, v in convert_state_dict_to_diffusers(weights).items()}
-    assert any(".lora.down_init.weight" in name for name in converted)
+    assert any(".lora.down.weight" in name for name in converted)
+    assert any(".lora.down_init.weight" in name for name in converted) == start
     save_file(converted, tmp_path / "pytorch_lora_weights.safetensors")
     assert_equal(read_diffusers(tmp_path), expected)
     model = get_peft_model(families.model("sd"), TLoraConfig(r=4, target_modules=["to_q", "to_k"]))
@@ -104,7 +106,7 @@ def test_what_peft_and_diffusers_write_themselves_is_read(tmp_path):
     model.save_pretrained(tmp_path / "peft")
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     name, layer = next(iter(read_adapter(tmp_path / "peft").layers.items()))
-    assert torch.equal(layer.factors.q, saved[f"base_model.model.{name}.lora_A.weight"])
+    assert torch.equal(layer.factors.dq, saved[f"base_model.model.{name}.lora_A.weight"])
 
 
 def test_a_file_for_several_models_asks_which(tmp_path):

@@ -6,21 +6,21 @@ from peft_tlora.functional import align_ranks, delta_weight, fuse_factors, pair
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_fused_factors_are_exactly_zero_at_initialisation(dtype):
-    q, p, lam = torch.randn(4, 6), torch.randn(5, 4), torch.rand(4)
-    start = [tensor.to(dtype) for tensor in (q, p, lam)]
-    for trained in (dtype, torch.float32):  # PEFT's upcast touches the trained ones or all
-        down, up = fuse_factors(*[tensor.to(trained) for tensor in start], *start)
-        product = up @ torch.diag(torch.rand(8).to(trained)) @ down
+    q, p, lam = torch.randn(4, 6), torch.randn(5, 4), torch.rand(4, 1)
+    for other in (dtype, torch.float32):  # hosts cast one half or both
+        start = [tensor.to(dtype) for tensor in (q, p, lam)]
+        down, up = fuse_factors(*[torch.zeros_like(t, dtype=other) for t in start], *start)
+        product = up @ torch.diag(torch.rand(8).to(up.dtype)) @ down
         assert (product == 0).all()
 
 
 def test_the_fused_product_equals_the_difference_of_both():
     q, q0 = torch.randn(2, 4, 6, dtype=torch.float64)
     p, p0 = torch.randn(2, 5, 4, dtype=torch.float64)
-    lam, lam0 = torch.rand(2, 4, dtype=torch.float64)
+    lam, lam0 = torch.rand(2, 4, 1, dtype=torch.float64)
     mask = torch.tensor([1.0, 1, 0, 1], dtype=torch.float64)
-    down, up = fuse_factors(q, p, lam, q0, p0, lam0)
-    naive = p @ torch.diag(lam * mask) @ q - p0 @ torch.diag(lam0 * mask) @ q0
+    down, up = fuse_factors(q - q0, p - p0, lam - lam0, q0, p0, lam0)
+    naive = p @ torch.diag(lam[:, 0] * mask) @ q - p0 @ torch.diag(lam0[:, 0] * mask) @ q0
     torch.testing.assert_close(delta_weight(down, up, pair(mask, mask)), naive)
 
 

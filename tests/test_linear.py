@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,10 +21,11 @@ R, IN, OUT = 4, 6, 5
 
 
 def factors_of(ortho, dtype=torch.float64):
+    """Differences from a start, and the start; without one, whole factors."""
     torch.manual_seed(0)
     q, p = torch.randn(R, IN, dtype=dtype), torch.randn(OUT, R, dtype=dtype)
-    trained = [q, p, torch.rand(R, dtype=dtype)] if ortho else [q, p]
-    frozen = [t + 0.1 * torch.randn_like(t) for t in trained] if ortho else []
+    frozen = [q, p, torch.rand(R, 1, dtype=dtype)] if ortho else []
+    trained = [0.1 * torch.randn_like(t) for t in frozen] if ortho else [q, p]
     return [t.requires_grad_() for t in trained] + frozen
 
 
@@ -38,12 +40,13 @@ def gate_of(kind, ortho, dtype=torch.float64):
 
 def naive(result, x, factors, gate):
     """s (P diag(lam m) Q - P0 diag(lam0 m) Q0) x, term by term."""
-    q, p, *rest = factors
     first = gate[..., :R] if isinstance(gate, torch.Tensor) else gate
-    if not rest:
-        return result + linear(linear(x, q) * first, p)
-    lam, q0, p0, lam0 = rest
-    return result + linear(linear(x, q) * lam * first, p) - linear(linear(x, q0) * lam0 * first, p0)
+    if len(factors) == 2:
+        return result + linear(linear(x, factors[0]) * first, factors[1])
+    q0, p0, lam0 = factors[3:]
+    q, p, lam = (start + moved for start, moved in zip(factors[3:], factors[:3], strict=True))
+    trained, frozen = linear(x, q) * lam[:, 0] * first, linear(x, q0) * lam0[:, 0] * first
+    return result + linear(trained, p) - linear(frozen, p0)
 
 
 @pytest.mark.parametrize("first", [1, 3, R])
@@ -122,35 +125,6 @@ def test_its_error_is_that_of_the_dtype(dtype, ortho):
         assert (found - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("ortho", [True, False])
-def test_functional_transforms_work(ortho):
-    """Forward-mode derivatives, as consistency models need them, and gradients of each sample."""
-    factors, weight = factors_of(ortho), torch.randn(OUT, IN, dtype=torch.float64)
-    q, *others = [t.detach() for t in factors]
-    x, tangent = torch.randn(2, 3, IN, dtype=torch.float64), torch.ones_like(q)
-
-    def added(q, x):
-        return add_update(linear(x, weight), x, Factors(q, *others), 0.5, torch.float64)
-
-    def folded(q, x):
-        return adapted_linear(x, weight, None, Factors(q, *others), 0.5)
-
-    def expected(q, x):
-        return naive(linear(x, weight), x, [q, *others], 0.5)
-
-    for update in (added, folded):
-        found = torch.func.jvp(lambda q, u=update: u(q, x), (q,), (tangent,))
-        torch.testing.assert_close(
-            found, torch.func.jvp(lambda q: expected(q, x), (q,), (tangent,))
-        )
-
-        def of_each_sample(function):
-            loss = lambda q, x: function(q, x).square().sum()  # noqa: E731
-            return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(q, x)
-
-        torch.testing.assert_close(of_each_sample(update), of_each_sample(expected))
-
-
 class Projection(nn.Module):
     def __init__(self):
         super().__init__()
@@ -212,6 +186,55 @@ def test_the_ways_of_computing_a_layer_agree(at_once, folded, t, ortho):
         assert not at_once
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         handle.remove()
+
+
+@pytest.mark.parametrize("ortho", ["last", None])
+def test_functional_transforms_work(at_once, ortho):
+    """Forward-mode derivatives, as consistency models need them, and gradients of each sample."""
+    model, layer = adapted(ortho_init=ortho)
+    model.double()
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    factors = layer.lora_variant["default"].factors(layer, "default")
+    name = "base_model.model.proj.lora_A.default.weight"
+    others = [t.detach() for t in factors[1:] if t is not None]
+    weight, tangent = factors.dq.detach(), torch.ones_like(factors.dq)
+    base, mask = layer.base_layer, torch.tensor([1.0, 1, 0, 0]) * layer.scaling["default"]
+    gate = torch.cat([mask, mask]) if ortho else mask
+
+    def found(dq, x):
+        return functional_call(model, {name: dq}, (x,))
+
+    def expected(dq, x):
+        return naive(linear(x, base.weight, base.bias), x, [dq, *others], gate)
+
+    def of_each_sample(function):
+        loss = lambda dq, x: function(dq, x).square().sum()  # noqa: E731
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+
+    with timestep_context(model, 500):
+        for transform in (
+            lambda f: torch.func.jvp(lambda dq: f(dq, x), (weight,), (tangent,)),
+            of_each_sample,
+        ):
+            torch.testing.assert_close(transform(found), transform(expected))
+    assert not at_once
+
+
+@pytest.mark.parametrize("ortho", ["last", None])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_lambda", "lora_A_init"])
+def test_a_factor_that_somebody_watches_is_called(at_once, ortho, part):
+    """Engines bring weights into place where a module is called, and so do users' hooks."""
+    model, layer = adapted(ortho_init=ortho)
+    if not ortho and part not in ("lora_A", "lora_B"):
+        return
+    x, seen = torch.randn(2, 3, IN), []
+    expected = {str(t): results(model, x, t) for t in (900, torch.tensor([100, 900]))}
+    getattr(layer, part)["default"].register_forward_hook(lambda *args: seen.append(part))
+    at_once.clear()
+    for t in (900, torch.tensor([100, 900])):
+        torch.testing.assert_close(results(model, x, t), expected[str(t)], atol=1e-5, rtol=1e-5)
+    assert len(seen) == 2
+    assert not at_once
 
 
 def a_dropout():

@@ -54,8 +54,10 @@ def test_the_law_test_can_tell_a_wrong_scale():
 @pytest.mark.parametrize("choice", ORTHO_INITS)
 def test_frames_are_orthonormal_and_values_descend(choice):
     p, lam, q = random_triplets(40, 24, 8, choice, seed=0, name="layer")
-    torch.testing.assert_close(p.T @ p, torch.eye(8), atol=1e-5, rtol=0)
-    torch.testing.assert_close(q @ q.T, torch.eye(8), atol=1e-5, rtol=0)
+    for frame in (p.T, q):  # of 8 significant bits
+        distance = frame @ frame.T - torch.eye(8)
+        assert distance.abs().max() < 4e-3
+        assert distance.square().mean().sqrt() < 4e-3 / frame.shape[1] ** 0.5
     assert (lam[:-1] >= lam[1:]).all()
     assert (lam > 0).all()
 
@@ -88,14 +90,36 @@ def test_a_rank_above_both_dimensions_keeps_r_columns():
     assert q.shape == (7, 3)
     assert (lam[:3] > 0).all()
     assert (lam[3:] == 0).all()
-    torch.testing.assert_close(p.norm(dim=0), torch.ones(7))
-    torch.testing.assert_close(q.norm(dim=1), torch.ones(7))
+    torch.testing.assert_close(p.norm(dim=0), torch.ones(7), atol=4e-3, rtol=0)
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(7), atol=4e-3, rtol=0)
 
 
 def test_the_weights_triplets_rebuild_the_weight():
     weight = torch.randn(9, 6)
     p, lam, q = weight_triplets(weight, 6, "last", seed=0, name="layer")
-    torch.testing.assert_close((p * lam) @ q, weight)
+    torch.testing.assert_close((p * lam) @ q, weight, atol=2e-2, rtol=0)
     p, lam, q = weight_triplets(weight, 2, "principal", seed=0, name="layer")
     assert (weight - (p * lam) @ q).norm() < weight.norm()
-    torch.testing.assert_close(lam[0], torch.linalg.matrix_norm(weight, 2))
+    torch.testing.assert_close(lam[0], torch.linalg.matrix_norm(weight, 2), atol=0, rtol=4e-3)
+
+
+def test_a_draw_is_exact_in_16_bits():
+    for p, lam, q in (
+        random_triplets(1280, 640, 64, "last", seed=0, name="layer"),
+        weight_triplets(torch.randn(90, 60), 8, "last", seed=0, name="layer"),
+    ):
+        for factor in (p, lam, q):
+            for dtype in (torch.bfloat16, torch.float16):
+                assert torch.equal(factor.to(dtype).float(), factor)
+
+
+def test_the_numbers_of_a_draw_stay():
+    """Files don't hold them: other numbers make every file of today worthless."""
+    p, lam, q = random_triplets(640, 1280, 64, "last", seed=0, name="layer")
+    assert [p[0, 0], p[-1, -1]] == [-0.04248046875, 0.03662109375]
+    assert [lam[0], lam[-1]] == [0.25390625, 0.166015625]
+    assert [q[0, 0], q[-1, -1]] == [0.044677734375, -0.0291748046875]
+    p, lam, q = random_triplets(5, 3, 7, "middle", seed=2**62, name="layer/1")
+    assert [p[0, 0], p[-1, -1]] == [-0.625, 0.051025390625]
+    assert [lam[0], lam[2]] == [0.36328125, 0.1923828125]
+    assert [q[0, 0], q[-1, -1]] == [-0.287109375, 0.16015625]

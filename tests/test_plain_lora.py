@@ -64,14 +64,18 @@ def expected_deltas(adapter, t):
     """The paper's formula with float64 factors."""
     deltas = {}
     for name, layer in adapter.layers.items():
-        q, p, lam, q0, p0, lam0 = (None if f is None else f.double() for f in layer.factors)
-        mask = (torch.arange(len(q)) < layer.schedule.active_rank(t)).double()
-        one = torch.ones(len(q)).double()
-        delta = p.flatten(1) @ torch.diag(mask * (one if lam is None else lam)) @ q.flatten(1)
-        if lam is not None:
-            delta -= p0.flatten(1) @ torch.diag(mask * lam0) @ q0.flatten(1)
-        deltas[name] = (layer.lora_alpha / len(q) * delta).reshape(len(p), *q.shape[1:])
+        dq, dp, *rest = (f.double() for f in layer.factors if f is not None)
+        mask = (torch.arange(len(dq)) < layer.schedule.active_rank(t)).double()
+        delta = dp.flatten(1) @ torch.diag(mask) @ dq.flatten(1)
+        if rest:
+            dlam, q0, p0, lam0 = rest
+            delta = _masked(q0 + dq, p0 + dp, lam0 + dlam, mask) - _masked(q0, p0, lam0, mask)
+        deltas[name] = (layer.lora_alpha / len(dq) * delta).reshape(len(dp), *dq.shape[1:])
     return deltas
+
+
+def _masked(q, p, lam, mask):
+    return p.flatten(1) @ torch.diag(mask * lam.flatten()) @ q.flatten(1)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -52,11 +52,12 @@ def naive_output(layer, x, t, ortho):
     mask = torch.zeros(R, dtype=torch.float64)
     mask[: paper_rank(t)] = 1
     one = torch.ones(R, dtype=torch.float64)
-    q, p = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    branches = [(q, layer.lora_lambda["default"].weight if ortho else one, p, 1)]
-    if ortho:
-        frozen = layer.lora_A_init, layer.lora_lambda_init, layer.lora_B_init
-        branches.append((*(factor["default"].weight for factor in frozen), -1))
+    q, p = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    branches = [(q, one, p, 1)]
+    if ortho:  # the modules hold differences from the frozen factors
+        q0, p0, lam0 = (factor.double() for factor in layer.start("default"))
+        lam = lam0 + layer.lora_lambda["default"].weight
+        branches = [(q0 + q, lam[:, 0], p0 + p, 1), (q0, lam0[:, 0], p0, -1)]
     base = layer.get_base_layer()
     x = x.double()[None]
 

@@ -16,7 +16,7 @@ def adapted(**fields):
 def naive(layer, adapter="default"):
     """Sum of squares of each entry of P^T P - I and Q Q^T - I."""
     total = 0.0
-    p, q = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    q, p, _ = layer.tlora_variant(adapter).factors(layer, adapter).whole()
     for rows in (p.T.tolist(), q.tolist()):
         for i, one in enumerate(rows):
             for j, two in enumerate(rows):
@@ -47,7 +47,7 @@ def test_it_is_zero_at_an_orthogonal_initialisation_also_of_small_and_grouped_la
     config = TLoraConfig(r=4, target_modules=list(model))
     with pytest.warns(UserWarning, match="r exceeds the smaller dimension of 1 layers: small"):
         model = get_peft_model(model, config)
-    assert orthogonality_loss(model).item() < 1e-8
+    assert orthogonality_loss(model).item() < 1e-3  # the frozen factors have 8 significant bits
     perturb(model)
     assert orthogonality_loss(model).item() > 0.1
 
@@ -69,10 +69,9 @@ def test_its_gradient_makes_the_factors_orthonormal_again():
 def test_it_is_of_the_active_adapters_unless_named():
     model = adapted()
     model.add_adapter("other", TLoraConfig(r=2, target_modules=["to_q"]))
-    for parameter in model.base_model.model.to_q.lora_B["other"].parameters():
-        parameter.data *= 2
-    assert orthogonality_loss(model).item() < 1e-8
     layer = model.base_model.model.to_q
+    layer.lora_B["other"].weight.data += layer.start("other").p0  # P is twice what it was
+    assert orthogonality_loss(model).item() < 1e-3
     found = orthogonality_loss(model, ["other"]).item()
     assert found == pytest.approx(naive(layer, "other"), rel=1e-5)
 

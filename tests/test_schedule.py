@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peft_tlora import active_rank
-from peft_tlora.encoding import decode_schedule, encode_schedule
+from peft_tlora.encoding import Encoded, decode_schedule, encode_schedule
+from peft_tlora.frozen import Recipe
 from peft_tlora.schedule import RankSchedule, rank_mask
 
 
@@ -138,19 +139,81 @@ def test_ranks_in_groups_follow_the_schedule_of_the_groups(min_rank, single):
     assert torch.equal(active_rank(ts, 12, min_rank, rank_multiple=3), 3 * groups)
 
 
+def test_a_timestep_that_was_divided_in_float32_counts_as_what_it_was():
+    """The authors' code floors in float32 what is a whole number of ranks; (1 - 0.8) 10 is 2."""
+    ts = torch.arange(0, 1001)
+    assert active_rank(torch.tensor(800.0) / 1000, 20, 10, num_train_timesteps=1.0) == 12
+    for r in range(1, 129):
+        for r_min in {0, 1, r // 2, r - 1, r}:
+            exact = torch.tensor([(1000 - t) * (r - r_min) // 1000 + r_min for t in range(1001)])
+            assert torch.equal(active_rank(ts, r, r_min), exact)
+            share = ts.float() / 1000
+            assert torch.equal(active_rank(share, r, r_min, num_train_timesteps=1.0), exact)
+            clean = active_rank(
+                1 - share, r, r_min, num_train_timesteps=1.0, timestep_reversed=True
+            )
+            assert torch.equal(clean, exact)
+
+
+RECIPE = Recipe("middle", 2**63 - 1, 2**63 - 7, 12800, (-64, 63, *range(-11, 11)))
+
+
+@pytest.mark.parametrize("recipe", [None, RECIPE], ids=["", "recipe"])
 @pytest.mark.parametrize("min_rank", [0.5, 1 / 3, 0, 7])
 @pytest.mark.parametrize("timestep_type", ["linear", "log_sigma", None])
-def test_a_schedule_survives_its_encoding_to_the_bit(min_rank, timestep_type):
+def test_a_schedule_survives_its_encoding_to_the_bit(min_rank, timestep_type, recipe):
     schedule = RankSchedule(8, min_rank, "cosine", 1 / 3, 1.6377, True, timestep_type, 2)
-    encoded = encode_schedule(schedule, 1 / 7, use_rslora=True)
-    assert decode_schedule(encoded, 8) == (schedule, 1 / 7, True)
-    assert type(decode_schedule(encoded, 8)[0].min_rank) is type(min_rank)
+    encoded = Encoded(schedule, 1 / 7, True, recipe)
+    decoded = decode_schedule(encode_schedule(encoded), 8, "layer")
+    assert decoded == encoded
+    assert type(decoded.schedule.min_rank) is type(min_rank)
+
+
+ENCODED = Encoded(RankSchedule(8, 2), 8.0, False, RECIPE)
 
 
 @pytest.mark.parametrize(
-    "damaged",
-    [torch.zeros(11), torch.zeros(11, dtype=torch.int64), torch.ones(9, dtype=torch.int64)],
+    "dtype",
+    [torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.uint8],
 )
-def test_a_damaged_schedule_raises(damaged):
-    with pytest.raises(ValueError, match="lora_schedule must be an int64 tensor"):
-        decode_schedule(damaged, 8)
+def test_a_schedule_survives_every_cast_and_averages_with_itself(dtype):
+    tensor = encode_schedule(ENCODED).to(dtype)
+    assert decode_schedule(tensor, 8, "layer") == ENCODED
+    wide = tensor.to(torch.bfloat16) if dtype.itemsize == 1 else tensor
+    for average in (
+        (wide + wide) / 2,
+        0.3 * wide + 0.7 * wide,
+        torch.lerp(wide, wide, 0.1),
+        torch.stack([wide] * 3).mean(0),
+    ):
+        assert decode_schedule(average, 8, "layer") == ENCODED
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (ENCODED._replace(lora_alpha=4.0), "averaged"),
+        (ENCODED._replace(recipe=None), "averaged"),
+        (ENCODED._replace(schedule=RankSchedule(8, 4)), "averaged"),
+    ],
+)
+def test_a_mixture_of_two_schedules_raises(other, words):
+    one, two = encode_schedule(ENCODED), encode_schedule(other)
+    for mixture in ((one + two) / 2, (one + 2 * two) / 3, two.where(torch.arange(248) < 166, one)):
+        with pytest.raises(ValueError, match=words):
+            decode_schedule(mixture, 8, "layer")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        (torch.zeros(14, dtype=torch.int64), r"shape \(248,\), got \(14,\): .* another version"),
+        (torch.zeros(248), "doesn't add up"),
+        (0.8 * encode_schedule(ENCODED), "isn't of whole numbers from 0 to 7"),
+        (torch.full((248,), torch.nan), "isn't of whole numbers"),
+        (encode_schedule(ENCODED) - 1, "isn't of whole numbers"),
+    ],
+)
+def test_a_damaged_schedule_raises(damaged, words):
+    with pytest.raises(ValueError, match=f"layer down.to_q .*{words}|layer down.to_q {words}"):
+        decode_schedule(damaged, 8, "down.to_q")

@@ -37,7 +37,8 @@ def _lora(rank: int, targets: list[str]) -> LoraConfig:
 
 
 def _tlora(rank: int, targets: list[str], **options: Any) -> TLoraConfig:
-    return TLoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options)
+    # a start of the trial's own, drawn after its seed was set
+    return TLoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_seed=None, **options)
 
 
 def _in_bands(title: str, trains: Band = ALL, acts: Band = ALL) -> Arm:

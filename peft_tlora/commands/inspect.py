@@ -6,7 +6,7 @@ from typing import Any
 
 from ..formats.base import load_base
 from ..formats.inspection import inspect_file, worst_layers
-from .options import add_facts, bold, facts_of, warn
+from .options import add_facts, bold, config_of, facts_of, warn
 
 HELP = "tell what a T-LoRA file holds"
 _SHOWN = 5
@@ -33,6 +33,7 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         base=base,
         component=args.component,
         hparams=args.hparams,
+        config=config_of(args),
         allow_pickle=args.allow_pickle,
     )
     for text in report["warnings"] if not args.json else ():

@@ -5,11 +5,13 @@ import os
 import sys
 from typing import Any, TextIO
 
+from ..config import TLoraConfig
 from ..formats.adapter import Adapter
 from ..formats.base import load_base
 from ..formats.facts import TrainingFacts
 from ..formats.files import Checkpoint
 from ..formats.reading import format_of, read_adapter
+from ..formats.state_dict import read_config
 from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES
 
 _FACTS = ("min_rank", "rank_schedule", "schedule_exponent", "num_train_timesteps", "sig_type")
@@ -41,6 +43,12 @@ def add_facts(
     group.add_argument("--boundary-timestep", type=int, help="Takenoko's tlora_boundary_timestep")
     group.add_argument("--base", metavar="FOLDER", help="the base model, as diffusers saves it")
     group.add_argument("--hparams", metavar="FILE", help="hparams.yml of the authors' trainers")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the training's TLoraConfig as JSON, or a folder with adapter_config.json, for a file "
+        "that holds trained tensors alone",
+    )
     parser.add_argument("--component", help="which model of the pipeline, such as unet")
     parser.add_argument("--allow-pickle", action="store_true", help="read .pt files, too")
 
@@ -51,13 +59,23 @@ def facts_of(args: argparse.Namespace) -> TrainingFacts | None:
     return None if all(v is None for v in given.values()) else TrainingFacts(**given)
 
 
+def config_of(args: argparse.Namespace) -> TLoraConfig | None:
+    """The config that was given."""
+    return None if args.config is None else read_config(args.config)
+
+
 def adapter_of(file: Checkpoint, args: argparse.Namespace) -> Adapter:
     """The adapter in a file, with the options of `add_facts`."""
     base = None
     if args.base is not None:
         base = load_base(args.base, weights=format_of(file) == "lycoris")
     return read_adapter(
-        file, facts=facts_of(args), base=base, component=args.component, hparams=args.hparams
+        file,
+        facts=facts_of(args),
+        base=base,
+        component=args.component,
+        hparams=args.hparams,
+        config=config_of(args),
     )
 
 

@@ -25,7 +25,8 @@ _FIELDS = {
 }
 # what every file with a schedule says, and what is of files alone
 _NEVER_MISSING = {"r", "timestep_reversed", "timestep_type", "rank_multiple"}
-_OF_ADAPTERS = ("sig_type", "boundary_timestep", "base", "hparams", "component", "allow_pickle")
+_OF_ADAPTERS = ("sig_type", "boundary_timestep", "base", "hparams", "config", "component")
+_OF_ADAPTERS += ("allow_pickle",)
 
 
 def add(parser: argparse.ArgumentParser) -> None:

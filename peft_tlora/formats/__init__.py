@@ -15,6 +15,7 @@ from .official import read_official_flux, read_official_sdxl
 from .own import read_diffusers, read_peft, write_diffusers, write_peft
 from .plain import PlainLora, plain_lora
 from .reading import format_of, read_adapter
+from .state_dict import read_config, read_state_dict
 from .trainers import read_lycoris, read_sd_scripts, read_takenoko
 
 __all__ = [
@@ -28,12 +29,14 @@ __all__ = [
     "open_checkpoint",
     "plain_lora",
     "read_adapter",
+    "read_config",
     "read_diffusers",
     "read_lycoris",
     "read_official_flux",
     "read_official_sdxl",
     "read_peft",
     "read_sd_scripts",
+    "read_state_dict",
     "read_takenoko",
     "write_bands",
     "write_comfyui",

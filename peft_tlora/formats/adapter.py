@@ -123,14 +123,24 @@ class Adapter:
         """
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
-            base = modules.get(f"{name}.base_layer", modules.get(name))
-            weight = getattr(base, "weight", None)
-            if not isinstance(weight, Tensor):
+            weight = weight_of(modules, name)
+            if weight is None:
                 raise ValueError(
                     f"The adapter doesn't fit: {type(model).__name__} has no layer {name} with a "
                     "weight. Is it for another base model?"
                 )
             check_fit(name, layer.factors.dq, layer.factors.dp, weight)
+
+
+def weight_of(modules: Mapping[str, nn.Module], layer: str) -> Tensor | None:
+    """The weight under an adapter's layer, among a model's modules by their names."""
+    # PEFT puts the adapter of attention's output into the base of the whole layer's
+    for name in (f"{layer}.base_layer", layer, layer.replace(".base_layer", "")):
+        module = modules.get(name)
+        if module is not None:
+            weight = getattr(module, "weight", getattr(module, "in_proj_weight", None))
+            return weight if isinstance(weight, Tensor) else None
+    return None
 
 
 def check_fit(name: str, q: Tensor, p: Tensor, weight: Tensor) -> None:
@@ -154,6 +164,24 @@ def check_name(name: str) -> None:
         raise ValueError(f"{name[:200]!r} is not the name of a layer.")
 
 
+def check_projections(q: Tensor, p: Tensor, r: int) -> None:
+    """Raise unless two tensors can be a down- and an up-projection of rank r.
+
+    Raises:
+        ValueError: If they can't.
+    """
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"its rank must lie in [1, {MAX_RANK}], got {r}.")
+    if not 2 <= q.dim() <= 5 or p.dim() != q.dim() or q.shape[0] != r or 0 in q.shape + p.shape:
+        raise ValueError(
+            f"its factors have shapes {tuple(q.shape)} and {tuple(p.shape)}, not (r, in, ...) and "
+            f"(out, r, ...) with r={r}."
+        )
+    whole_groups = r % p.shape[1] == 0 and len(p) % (r // p.shape[1]) == 0
+    if not whole_groups or any(size != 1 for size in p.shape[2:]):
+        raise ValueError(f"the up-projection of shape {tuple(p.shape)} is not one of rank {r}.")
+
+
 def check_schedule(schedule: RankSchedule) -> None:
     """Raise unless all values of a schedule, which may come from a file, are in their ranges."""
     check_min_rank(schedule.min_rank, schedule.r)
@@ -166,15 +194,7 @@ def check_schedule(schedule: RankSchedule) -> None:
 def _check_layer(layer: AdapterLayer) -> None:
     q, p, *rest = layer.factors
     r = layer.schedule.r
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"its rank must lie in [1, {MAX_RANK}], got {r}.")
-    if not 2 <= q.dim() <= 5 or p.dim() != q.dim() or q.shape[0] != r or 0 in q.shape + p.shape:
-        raise ValueError(
-            f"its factors have shapes {tuple(q.shape)} and {tuple(p.shape)}, not (r, in, ...) and "
-            f"(out, r, ...) with r={r}."
-        )
-    if r % p.shape[1] or any(size != 1 for size in p.shape[2:]):
-        raise ValueError(f"the up-projection of shape {tuple(p.shape)} is not one of rank {r}.")
+    check_projections(q, p, r)
     if any(f is None for f in rest) != all(f is None for f in rest):
         raise ValueError("only some of the singular values and frozen factors are there.")
     for tensor, wanted in zip(rest, ((r, 1), q.shape, p.shape, (r, 1)), strict=True):

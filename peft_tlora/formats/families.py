@@ -5,6 +5,10 @@ from collections.abc import Mapping
 
 from .adapter import AdapterLayer
 
+# what diffusers' pipelines call their models that take adapters
+COMPONENT = re.compile(
+    r"unet|prior|connectors|text_conditioner|(?:transformer|text_encoder)(?:_\d|_ref)?"
+)
 UNETS = ("sd", "sdxl")
 FAMILIES = (*UNETS, "sd3", "flux", "wan")
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embed)")

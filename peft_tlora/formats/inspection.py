@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import TLoraConfig
 from ..denoisers import describe as describe_denoiser
 from ..functional import Factors
 from .adapter import Adapter, AdapterLayer
@@ -29,6 +30,7 @@ def inspect_file(
     base: nn.Module | None = None,
     component: str | None = None,
     hparams: str | os.PathLike[str] | None = None,
+    config: TLoraConfig | None = None,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """What a file says, as values for JSON.
@@ -43,7 +45,8 @@ def inspect_file(
         exponential of the entropy of its normalised singular values.
 
     Raises:
-        ValueError: If the file is damaged or of no known format.
+        ValueError: If the file is damaged or of no known format, or is plain LoRA, or has trained
+            tensors alone and no config.
     """
     file = open_checkpoint(source, allow_pickle=allow_pickle)
     name = format_of(file)
@@ -54,7 +57,7 @@ def inspect_file(
         "bytes": file.path.stat().st_size,
         "tensors": len(file.tensors),
     }
-    given = {"base": base, "component": component, "hparams": hparams}
+    given = {"base": base, "component": component, "hparams": hparams, "config": config}
     adapter, known, warnings = _read(file, name, facts, given)
     if adapter is None:
         return {**report, **_unread(), "warnings": warnings}
@@ -99,6 +102,8 @@ def _read(
         adapter = read_adapter(file, facts=facts, **given)
         return adapter, True, list(adapter.notes)
     except ValueError as error:
+        if name == "state_dict":  # plain LoRA, or nothing to be said without its config
+            raise
         warnings = [str(error)]
     if name == "lycoris":
         warnings.append("The frozen factors are not in the file; the base model has to give them.")
@@ -131,7 +136,7 @@ def _layer(layer: AdapterLayer) -> dict[str, Any]:
     if layer.groups == 1 and finite:
         values = spectrum(*factors.fused())
         if factors.q0 is not None and factors.p0 is not None and factors.lam0 is not None:
-            start = spectrum(factors.q0 * factors.lam0.reshape(-1, *(1,) * (factors.q0.dim() - 1)), factors.p0)
+            start = spectrum(factors.lam0 * factors.q0.flatten(1), factors.p0)
             moved = float(values.norm() / start.norm()) if start.any() else None
     return {
         "rank": layer.schedule.r,

@@ -2,11 +2,12 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoint import config_from_state_dict, is_tlora
 from .adapter import Adapter
-from .families import component_of
+from .families import COMPONENT, component_of
 from .files import Checkpoint, open_checkpoint, replaced_together, write_tensors
 from .tensors import OWN_FIELDS, layers_of_own, own_tensors
 
@@ -30,7 +31,8 @@ def is_peft(file: Checkpoint) -> bool:
 def is_diffusers(file: Checkpoint) -> bool:
     """Whether a file is diffusers' with a T-LoRA adapter in it."""
     return is_tlora(file.tensors) and all(
-        name.endswith(tuple(OWN_FIELDS)) and not name.startswith(_PREFIX) for name in file.tensors
+        name.endswith(tuple(OWN_FIELDS)) and COMPONENT.fullmatch(name.partition(".")[0])
+        for name in file.tensors
     )
 
 
@@ -53,10 +55,11 @@ def read_peft(source: Source, *, component: str | None = None) -> Adapter:
 def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
     """Write the folder that PEFT's `from_pretrained` and `load_adapter` read.
 
-    How the adapter was initialised, its dropout and its seed are not in an `Adapter` and take their
-    defaults in the folder's config. Config and weights are written whole before either takes the
-    place of an old one, and the old config goes first: a crash at that moment leaves weights that
-    `read_peft` reads, without the config that PEFT asks for, but no config of other weights.
+    Dropout is not in an `Adapter` and takes its default in the folder's config. So does how a layer
+    was initialised if it has no recipe; its start is in the weights then. Config and weights are
+    written whole before either takes the place of an old one, and the old config goes first: a
+    crash at that moment leaves weights that `read_peft` reads, without the config that PEFT asks
+    for, but no config of other weights.
 
     Args:
         adapter: The adapter.
@@ -87,26 +90,47 @@ def read_diffusers(source: Source, *, component: str | None = None) -> Adapter:
         ValueError: If it holds no T-LoRA adapter for that model, or several and none was chosen.
     """
     file = checkpoint(source)
-    found = sorted({name.partition(".")[0] for name in file.tensors})
-    if component is None and len(found) > 1:
-        raise ValueError(
-            f"{file.path} has adapters for {', '.join(found)[:200]}: choose one with component."
-        )
-    component = component or found[0]
-    if component not in found:
-        raise ValueError(f"{file.path} has no adapter for {component}, only for {found}.")
+    counts = Counter(name.partition(".")[0] for name in file.tensors)
+    component, notes = choose_component(file.path, counts, component)
     prefix = f"{component}."
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in file.tensors.items()
         if name.startswith(prefix)
     }
+    return Adapter(component, layers_of_own(tensors, "diffusers with T-LoRA"), notes)
+
+
+def choose_component(
+    path: Path, counts: Mapping[str, int], component: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """Which of a pipeline's models in a file is read.
+
+    Args:
+        path: The file.
+        counts: The number of tensors of each model.
+        component: The model that was asked for, None for the only one.
+
+    Returns:
+        Its name, and notes of the others.
+
+    Raises:
+        ValueError: If there is no such model, or none was asked for and there are several.
+    """
+    found = sorted(counts)
+    if component is None and len(found) > 1:
+        raise ValueError(
+            f"{path} has adapters for {', '.join(found)[:200]}: choose one with component."
+        )
+    component = component or found[0]
+    if component not in found:
+        raise ValueError(f"{path} has no adapter for {component}, only for {found}.")
     notes = tuple(
         f"{count} tensors of {other} are left out; --component {other} reads them."
-        for other, count in Counter(name.partition(".")[0] for name in file.tensors).items()
+        for other, count in counts.items()
         if other != component
     )
-    return Adapter(component, layers_of_own(tensors, "diffusers with T-LoRA"), notes)
+    return component, notes
 
 
 def write_diffusers(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:

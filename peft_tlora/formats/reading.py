@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..config import TLoraConfig
 from .adapter import Adapter
 from .facts import TrainingFacts
 from .files import Checkpoint, open_checkpoint
@@ -16,6 +17,7 @@ from .official import (
     read_official_sdxl,
 )
 from .own import is_diffusers, is_peft, read_diffusers, read_peft
+from .state_dict import is_state_dict, read_state_dict
 from .trainers import (
     is_lycoris,
     is_sd_scripts,
@@ -45,6 +47,9 @@ class Format(NamedTuple):
 FORMATS = {
     "peft": Format("folder of PEFT", is_peft, read_peft, ("component",)),
     "diffusers": Format("file of diffusers", is_diffusers, read_diffusers, ("component",)),
+    "state_dict": Format(
+        "state dict of a host", is_state_dict, read_state_dict, ("component", "base", "config")
+    ),
     "official_sdxl": Format(
         "authors' SDXL trainer", is_official_sdxl, read_official_sdxl, ("facts", "hparams")
     ),
@@ -80,6 +85,7 @@ def read_adapter(
     base: nn.Module | None = None,
     component: str | None = None,
     hparams: str | os.PathLike[str] | None = None,
+    config: TLoraConfig | None = None,
     allow_pickle: bool = False,
 ) -> Adapter:
     """Read a T-LoRA file of any known format.
@@ -90,6 +96,8 @@ def read_adapter(
         base: The base model, where the format needs it.
         component: Which model of a pipeline, where a file has adapters for several.
         hparams: The hparams.yml of the authors' trainers, if it isn't beside the file.
+        config: The config that the adapter was trained with, for a file with its trained tensors
+            alone.
         allow_pickle: Whether a pickled file is read, without running its code.
 
     Raises:
@@ -102,7 +110,13 @@ def read_adapter(
         else open_checkpoint(source, allow_pickle=allow_pickle)
     )
     name = format_of(file)
-    given = {"facts": facts, "base": base, "component": component, "hparams": hparams}
+    given = {
+        "facts": facts,
+        "base": base,
+        "component": component,
+        "hparams": hparams,
+        "config": config,
+    }
     given = {key: value for key, value in given.items() if value is not None}
     unused = sorted(given.keys() - set(FORMATS[name].takes) - {"base"})
     if unused:

@@ -1,14 +1,15 @@
 """Tensors by their names in a file, sorted into layers, and those of this package's own format."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..encoding import Encoded, decode_schedule, encode_schedule
-from ..frozen import Recipe, canonical_name, rebuild
+from ..frozen import Recipe, rebuild
 from ..functional import Factors
-from .adapter import AdapterLayer, check_name
+from .adapter import AdapterLayer, check_name, check_projections
 
 _FIELDS = {
     ".lora_A.weight": "dq",
@@ -27,6 +28,21 @@ _DIFFUSERS_FIELDS = {
 }
 _START = ("q0", "p0", "lam0")
 OWN_FIELDS = {**_FIELDS, **_DIFFUSERS_FIELDS}
+# PEFT's name of a tensor, in a model's own state dict with the adapter's name in it
+NAME = re.compile(
+    r"(?P<layer>.+)\.(?P<part>lora_(?:A|B|lambda)(?:_init)?|lora_schedule)"
+    r"(?:\.(?P<adapter>.+))?\.weight"
+)
+
+
+def parsed(name: str) -> re.Match[str] | None:
+    """The match of `NAME` for a name of PEFT or diffusers; None if it's no part of an adapter."""
+    endings = {field: ending for ending, field in _FIELDS.items()}
+    for ending, field in _DIFFUSERS_FIELDS.items():
+        if name.endswith(ending):
+            name = name.removesuffix(ending) + endings[field]
+            break
+    return NAME.fullmatch(name)
 
 
 def grouped(
@@ -83,10 +99,10 @@ def from_whole(
     p0: Tensor | None = None,
     lam0: Tensor | None = None,
 ) -> Factors:
-    """Factors as differences from their start; without one they are whole.
+    """Factors as differences from their start, in float32 or more; without one they are whole.
 
     Raises:
-        ValueError: If they haven't the shapes of their start.
+        ValueError: If they haven't the shapes of their start, or aren't of floating point.
     """
     if q0 is None or p0 is None or lam is None or lam0 is None:
         return Factors(q, p, lam, q0, p0, lam0)
@@ -96,9 +112,12 @@ def from_whole(
             raise ValueError(
                 f"a tensor of shape {tuple(whole.shape)} has a start of shape {tuple(start.shape)}."
             )
-        wide = torch.promote_types(whole.dtype, torch.float32)
+        if not whole.is_floating_point():
+            raise ValueError(f"a factor is of {whole.dtype}, not of floating point.")
+        wide = torch.float64 if whole.dtype == torch.float64 else torch.float32
         differences.append(whole.to(wide) - start.to(wide))
-    return Factors(*differences, q0, p0, lam0)
+    dq, dp, dlam = differences
+    return Factors(dq, dp, dlam, q0, p0, lam0)
 
 
 def rank_of(layer: str, fields: Mapping[str, Tensor]) -> int:
@@ -145,24 +164,25 @@ def layers_of_own(tensors: Mapping[str, Tensor], format: str) -> dict[str, Adapt
 
 
 _NO_SCHEDULE = {
-    False: "Layer {} has no lora_schedule: it is plain LoRA, or from another program.",
+    False: "Layer {} has no lora_schedule and no lora_lambda: it is plain LoRA, which T-LoRA has "
+    "nothing to tell of. If it is a Vanilla T-LoRA whose schedule a host left out, pass the config "
+    "that it was trained with, as config=TLoraConfig(...) or --config FILE.",
     True: "Layer {} has no lora_schedule: the file holds the trained tensors of a T-LoRA adapter "
     "alone, as a host saves them that keeps what requires grad. They mean something only with the "
     "config that they were trained with: pass it, as config=TLoraConfig(...) or --config FILE.",
 }
 
 
-def _with_start(
-    layer: str, factors: Factors, encoded: Encoded
-) -> tuple[Factors, Recipe | None]:
+def _with_start(layer: str, factors: Factors, encoded: Encoded) -> tuple[Factors, Recipe | None]:
     """The factors with the start that the file leaves out, and what that is made of."""
     dq, dp, dlam, *start = factors
     if any(factor is not None for factor in start) or dlam is None or encoded.recipe is None:
         return factors, None
-    if dp.dim() != dq.dim() or dp.shape[1] == 0:
-        return factors, None  # AdapterLayer's check will say what is wrong
-    groups = len(dq) // dp.shape[1]
-    made = rebuild(encoded.recipe, dq, dp, groups, canonical_name(layer))
+    try:
+        check_projections(dq, dp, len(dq))
+    except ValueError as error:
+        raise ValueError(f"Layer {layer}: {error}") from None
+    made = rebuild(encoded.recipe, dq, dp, len(dq) // dp.shape[1], layer)
     return Factors(dq, dp, dlam, *made), encoded.recipe
 
 

@@ -25,7 +25,7 @@ from ..checkpoint import SCHEDULE, config_from_state_dict, is_half, is_tlora
 from ..config import TLoraConfig
 from ..formats.adapter import check_fit
 from ..formats.families import component_of
-from ..timestep import TimestepLayer
+from ..layer import TLoraLayer
 
 _CREATE, _FETCH = "_create_lora_config", "_fetch_state_dict"
 # function -> the module that it is from, and those that import it by its name
@@ -40,14 +40,13 @@ _PEFT_PREFIX = "base_model.model."
 
 def install() -> None:
     """Wrap the loaders, once; warn of an unknown diffusers and leave it alone."""
-    originals = {name: getattr(_module(places[0]), name, None) for name, places in _PLACES.items()}
-    create = originals[_CREATE]
+    create, fetch = (getattr(_module(_PLACES[name][0]), name, None) for name in (_CREATE, _FETCH))
     if hasattr(create, "__wrapped__"):
         return
     if (
         create is None
         or list(inspect.signature(create).parameters)[:4] != _ARGUMENTS
-        or originals[_FETCH] is None
+        or fetch is None
     ):
         warnings.warn(
             f"peft_tlora doesn't know the LoRA loader of diffusers {diffusers.__version__}, so "
@@ -57,7 +56,7 @@ def install() -> None:
         )
         return
     _replace(_CREATE, _recognising(create))
-    _replace(_FETCH, _renaming(originals[_FETCH]))
+    _replace(_FETCH, _renaming(fetch))
     LoraBaseMixin.set_lora_device = _moving_all(LoraBaseMixin.set_lora_device)
 
 
@@ -130,9 +129,8 @@ def _moving_all(original: Callable[..., None]) -> Callable[..., None]:
         original(self, adapter_names, device)
         for component in self.components.values():
             for layer in component.modules() if isinstance(component, nn.Module) else ():
-                if isinstance(layer, TimestepLayer):
-                    for name in adapter_names:
-                        layer.move_adapter(name, device)
+                for name in adapter_names if isinstance(layer, TLoraLayer) else ():
+                    layer.move_adapter(name, device)  # pyright: ignore[reportCallIssue]
 
     return set_lora_device
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
-import peft.optimizers
 from packaging.version import Version
 from peft import PeftType
 from peft.mapping import (
@@ -15,6 +14,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.lora import LoraModel
 from peft.utils import save_and_load
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
@@ -41,7 +41,7 @@ _EQUAL_FOR_HOTSWAP = [
     "init_seed",  # files without frozen factors exchange the trained ones only
 ]
 _FUNCTION = "get_peft_model_state_dict"
-_LORAFA = "create_lorafa_optimizer"
+_REFUSES = "_refuses_tlora"
 
 
 def install(config_cls: type, model_cls: type) -> None:
@@ -94,33 +94,31 @@ def _let_old_versions_save() -> None:
     original = getattr(save_and_load, _FUNCTION)
     if hasattr(LoraModel, "_get_adapter_state_dict") or hasattr(original, "__wrapped__"):
         return
-    _replace(_FUNCTION, original, _wrap(original))
+    wrapped = _wrap(original)
+    for module in list(sys.modules.values()):  # each that imported the function by its name
+        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
+            setattr(module, _FUNCTION, wrapped)
 
 
 def _refuse_lorafa() -> None:
-    """Let PEFT's LoRA-FA optimizer refuse T-LoRA, where it would pair lambda with lora_A."""
-    original = getattr(peft.optimizers, _LORAFA)
-    if hasattr(original, "__wrapped__"):
+    """Let PEFT's LoRA-FA optimizer refuse T-LoRA, where it would take lora_lambda for a lora_A."""
+    original = LoraFAOptimizer.step
+    if hasattr(original, _REFUSES):
         return
 
     @functools.wraps(original)
-    def create(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(module, TimestepLayer) for module in model.modules()):
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [name for group in self.param_groups for name in group.get("names", ())]
+        if any("lora_lambda" in name for name in names):
             raise ValueError(
                 "The LoRA-FA optimizer is not supported with T-LoRA: it freezes lora_A and inverts "
                 "A A^T, and a T-LoRA layer trains three factors whose lora_A starts at zero. Use "
                 "another optimizer, such as AdamW or LoRA+."
             )
-        return original(model, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    _replace(_LORAFA, original, create)
-
-
-def _replace(name: str, original: Any, function: Any) -> None:
-    """Replace a function in each module that imported it by its name."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is original:
-            setattr(module, name, function)
+    setattr(step, _REFUSES, True)
+    LoraFAOptimizer.step = step
 
 
 def _wrap(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:

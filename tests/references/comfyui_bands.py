@@ -68,7 +68,7 @@ def adapter_of(family, model):
         if key not in weights:
             continue
         first, size = (0, len(weights[key])) if rows is None else rows[1:]
-        shapes = ((R, weights[key].shape[1]), (size, R), (R,)) * 2
+        shapes = ((R, weights[key].shape[1]), (size, R), (R, 1)) * 2
         factors = Factors(*(0.1 * torch.randn(shape) for shape in shapes))
         layer = name.removesuffix(".weight")
         layers[layer] = AdapterLayer(factors, RankSchedule(R, R // 2), float(R))

@@ -93,7 +93,14 @@ def adapter_of(base):
             factors = type(variant.factors(module, "toy"))(
                 *(None if f is None else f.detach().clone() for f in variant.factors(module, "toy"))
             )
-            layers[name] = AdapterLayer(factors, variant.ranks.schedule, module.lora_alpha["toy"])
+            in_file = "lora_A_init.toy.weight" in module.state_dict()
+            layers[name] = AdapterLayer(
+                factors,
+                variant.ranks.schedule,
+                module.lora_alpha["toy"],
+                module.use_rslora["toy"],
+                recipe=None if in_file else module.recipes.get("toy"),
+            )
     return Adapter(
         "unet" if isinstance(base, diffusers.UNet2DConditionModel) else "transformer", layers
     )
@@ -114,6 +121,7 @@ def assert_equal(found, expected):
         other = found.layers[name]
         assert other.schedule == layer.schedule, name
         assert other.scaling == layer.scaling, name
+        assert other.recipe == layer.recipe, name
         for a, b in zip(other.factors, layer.factors, strict=True):
             assert (a is None) == (b is None), name
             assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name
