@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ MEASURES = {
 }
 NOTES = f"""
 {len(TEST)} pairs of concepts, r={R}, r_min={MIN_RANK}, {STEPS} steps at rate {RATE:g}, {ASKED}
-pictures of each concept and case. The overlap is the cosine between the two updates of a layer at
-full rank, mean over the layers. In brackets: 95 % bootstrap intervals; concepts are the unit.
+pictures of each concept and case; leakage in those of another place than the training picture's.
+The cosine is that of the two updates of a layer at full rank, mean over the layers. In brackets:
+95 % bootstrap intervals; concepts are the unit.
 
 The concepts of a pair are called "sks toy" and "vzw toy", but the base's text encoder hardly tells
 such names apart (cosine of the states: 0.998), so each adapter acts on the other's prompts, too.
@@ -93,7 +95,7 @@ def train(method: str, number: int, start: int, folder: Path) -> Trained:
 
 
 @torch.no_grad()
-def overlap(unet: Any, names: list[str]) -> float:
+def cosine(unet: Any, names: list[str]) -> float:
     """Mean over the layers of the cosine between the updates of two adapters at full rank."""
     layers: list[Any] = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
     cosines = [
@@ -110,7 +112,9 @@ def judged(pictures: list[Image.Image], concept: Concept, other: Concept) -> dic
         {**measure(p, concept, s, seen), "other": match(palette_map(p), other).overlap}
         for p, s in zip(pictures, settings, strict=True)
     ]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in MEASURES}
+    moved = [r for r, s in zip(rows, settings, strict=True) if s.position != seen.position]
+    leakage = mean(row["leakage"] for row in moved)  # elsewhere, the place is as asked
+    return {**{name: mean(row[name] for row in rows) for name in MEASURES}, "leakage": leakage}
 
 
 def measured(method: str, folder: Path) -> dict[str, list[Record]]:
@@ -133,7 +137,7 @@ def measured(method: str, folder: Path) -> dict[str, list[Record]]:
             kind = "equal" if starts[0] == starts[1] else "own"
             names = [f"{one}_{start}" for one, start in zip(pair, starts, strict=True)]
             pipeline.unet.set_adapters(names)
-            common = overlap(pipeline.unet, names)
+            common = cosine(pipeline.unet, names)
             for place, (asked, start) in enumerate(zip(pair, starts, strict=True)):
                 concept, other = TEST[asked], TEST[pair[1 - place]]
                 about = {"concept": concept.name, "seed": len(STARTS) * place + start}
@@ -164,7 +168,7 @@ def main() -> None:
     for method in METHODS:
         with tempfile.TemporaryDirectory() as folder:
             rows += rows_of(method, measured(method, Path(folder)))
-    head = ["adapters", "overlap of the updates", *MEASURES.values()]
+    head = ["adapters", "cosine of the updates", *MEASURES.values()]
     report("combined", "Two concepts' adapters active together", head, rows, NOTES)
 
 

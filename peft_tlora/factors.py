@@ -53,7 +53,7 @@ class Scale(Factor):
 
     def forward(self, x: Tensor, trailing: int = 0) -> Tensor:
         """Multiply (..., r), or (..., r, *trailing) with that number of trailing dimensions."""
-        return x * self.weight.reshape(-1, *(1,) * trailing)
+        return x * self.weight.to(x.dtype).reshape(-1, *(1,) * trailing)
 
 
 def plain_weight(module: nn.Module, cls: type[nn.Module]) -> Tensor | None:

@@ -44,6 +44,15 @@ class Factors(NamedTuple):
             lam0.narrow(0, 0, ranks),
         )
 
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The factors in a dtype. As they are differences, rounding each loses what it loses LoRA.
+
+        So an adapter under autocast computes what its file does that was rounded before.
+        """
+        if self.dq.dtype == dtype and (self.q0 is None or self.q0.dtype == dtype):
+            return self
+        return Factors(*(None if factor is None else factor.to(dtype) for factor in self))  # pyright: ignore[reportArgumentType]
+
     def fused(self, groups: int = 1) -> tuple[Tensor, Tensor]:
         """Down- and up-projection, to be gated in between; see `fuse_factors`."""
         dq, dp, dlam, q0, p0, lam0 = self

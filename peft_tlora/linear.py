@@ -33,7 +33,7 @@ def add_update(
         factors: Factors without kernel and groups.
         gate: Mask times scaling: a number, or a tensor that broadcasts to (..., ranks), the two
             columns of a rank alike.
-        dtype: The dtype of the computation. The factors are fused in their own.
+        dtype: The dtype of the computation.
         first: How many ranks are computed and gated, None for all.
     """
     if not torch.is_grad_enabled():
@@ -89,7 +89,7 @@ class _AddUpdate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         gate, x, hidden, *saved = _saved(ctx)
         factors = Factors(*saved)
-        down, up = _cast(ctx.dtype, *factors.first(ctx.first).fused())
+        down, up = factors.first(ctx.first).to(ctx.dtype).fused()
         rows, outer = _cast(ctx.dtype, x, gradient)
         if torch.is_grad_enabled():
             hidden = _trained_of(rows, down, gate, hidden)
@@ -147,7 +147,8 @@ def _add_update(
     result: Tensor, x: Tensor, factors: Factors, gate: Gate, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The result with the update, and the input of the up-projection but for a number's gate."""
-    rows, down, up = _cast(dtype, x, *factors.fused())
+    (rows,) = _cast(dtype, x)
+    down, up = factors.to(dtype).fused()
     hidden = linear(rows, down)
     if isinstance(gate, Tensor):
         hidden = hidden * gate

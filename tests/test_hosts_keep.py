@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.hooks import apply_layerwise_casting
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import (
     LoraConfig,
@@ -165,6 +166,19 @@ def test_the_average_of_different_schedules_is_refused():
     a, b = (get_peft_model_state_dict(adapted(min_rank=rank)) for rank in (1, 2))
     with pytest.raises(ValueError, match=r"lora_schedule of layer down_blocks.*averaged"):
         set_peft_model_state_dict(adapted(), {name: (a[name] + b[name]) / 2 for name in a})
+
+
+@pytest.mark.parametrize("cls", [LoraConfig, TLoraConfig])
+@pytest.mark.parametrize("targets", [TARGETS, ["conv1", "to_q"]], ids=["linear", "convolutions"])
+def test_a_bf16_script_computes_what_its_file_will(cls, targets):
+    """Trained in float32 under autocast, loaded into a bfloat16 pipeline."""
+    unet, loaded = tiny_unet().bfloat16(), tiny_unet().bfloat16()
+    unet.add_adapter(config_of(cls, target_modules=targets, lora_alpha=4))
+    cast_training_params(unet, dtype=torch.float32)
+    perturb(unet)
+    loaded.load_lora_adapter(get_peft_model_state_dict(unet), prefix=None, low_cpu_mem_usage=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(outputs(unet), outputs(loaded))
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])

@@ -147,3 +147,34 @@ def test_per_token_timesteps_mask_each_token():
             # where the token axis differs, the noisiest token stands for the sample
             expected = naive_output(layer, x[b, 0], t[b].max().item(), True)
             torch.testing.assert_close(other_axis[b, 0].double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_takes_the_steps_that_whole_factors_take(optimizer):
+    """Q, P and lam as parameters of their own, as the paper has them, without weight decay."""
+    config = TLoraConfig(r=R, lora_alpha=R, min_rank=MIN_RANK, target_modules=["layer"])
+    model = get_peft_model(Holder(nn.Linear(10, 7)), config).double()
+    layer = model.base_model.model.layer
+    base, start = layer.base_layer, layer.start("default")
+    whole = [nn.Parameter(factor.clone()) for factor in start]
+
+    def paper(x, t):
+        mask = torch.arange(R) < paper_rank(t)
+        (q, p, lam), (q0, p0, lam0) = whole, start
+        update = p @ torch.diag(lam[:, 0] * mask) @ q - p0 @ torch.diag(lam0[:, 0] * mask) @ q0
+        return base(x) + x @ update.T
+
+    ours = [getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B", "lora_lambda")]
+    optimizers = [optimizer(factors, lr=1e-3, weight_decay=0) for factors in (ours, whole)]
+    for step in range(50):
+        x, y = torch.randn(2, 4, 10, dtype=torch.float64)
+        t = 20 * step
+        with timestep_context(model, t):
+            losses = [(output - y[:, :7]).square().mean() for output in (model(x), paper(x, t))]
+        for each, loss in zip(optimizers, losses, strict=True):
+            each.zero_grad()
+            loss.backward()
+            each.step()
+    for difference, factor, first in zip(ours, whole, start, strict=True):
+        moved = factor - first
+        assert (difference - moved).norm() <= 1e-12 * moved.norm()
