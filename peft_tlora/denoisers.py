@@ -1,5 +1,6 @@
 """Which modules are denoisers, and how each class of them takes its timestep."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,6 +191,7 @@ def library_of(cls: type[nn.Module]) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def forward_arguments(cls: type[nn.Module]) -> list[str]:
+@functools.cache
+def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a class's forward, without self."""
-    return list(inspect.signature(cls.forward).parameters)[1:]
+    return tuple(inspect.signature(cls.forward).parameters)[1:]

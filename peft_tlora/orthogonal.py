@@ -49,7 +49,7 @@ def random_triplets(
     rng = _generator(seed, name)
     left = _haar_frame(out_features, k, rng)
     right = _haar_frame(in_features, k, rng)
-    return _with_surplus(_rounded(left), _rounded(values), _rounded(right.T), r, rng)
+    return _with_surplus(_rounded(left), _rounded(values), _rounded(right.mT), r, rng)
 
 
 def weight_triplets(
@@ -60,7 +60,7 @@ def weight_triplets(
     window = _window(len(values), min(r, len(values)), choice)
     rng = _generator(seed, name)
     kept = (left[:, window], values[window], right[window])
-    left, values, right = (_rounded(factor.numpy()) for factor in kept)
+    left, values, right = (_rounded(factor) for factor in kept)
     return _with_surplus(left, values, right, r, rng)
 
 
@@ -80,14 +80,9 @@ def _generator(seed: int, name: str) -> np.random.SFC64:
     return np.random.SFC64(derive_seed(seed, name))
 
 
-def _rounded(values: np.ndarray) -> Tensor:
-    """Round to 8 significant bits, as bfloat16 has, and to multiples of 2^-24, as float16 has.
-
-    Adding half of the last bit kept, less one if that bit is even, rounds half to even.
-    """
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    short = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
-    return torch.from_numpy(np.rint(short * 2.0**24).astype(np.float32) * np.float32(2.0**-24))
+def _rounded(values: Tensor) -> Tensor:
+    """Round to 8 significant bits, as bfloat16 has, and to multiples of 2^-24, as float16 has."""
+    return values.bfloat16().half().float()
 
 
 @functools.cache
@@ -96,10 +91,11 @@ def _quantiles() -> np.ndarray:
     return ndtri((np.arange(2**16) + 0.5) / 2**16)
 
 
-def _gaussian(generator: np.random.SFC64, rows: int, columns: int) -> np.ndarray:
+def _gaussian(generator: np.random.SFC64, rows: int, columns: int) -> Tensor:
     """Normal numbers of 16 random bits each: several times faster than numpy's of 53."""
     raw = generator.random_raw(-(-rows * columns // 4)).astype("<u8", copy=False)
-    return _quantiles().take(raw.view("<u2")[: rows * columns]).reshape(rows, columns)
+    numbers = _quantiles().take(raw.view("<u2")[: rows * columns])
+    return torch.from_numpy(numbers).view(rows, columns)
 
 
 def _chi(generator: np.random.SFC64, degrees: np.ndarray) -> np.ndarray:
@@ -108,21 +104,25 @@ def _chi(generator: np.random.SFC64, degrees: np.ndarray) -> np.ndarray:
     return np.sqrt(2 * gammaincinv(degrees / 2, uniform))
 
 
-def _haar_frame(rows: int, columns: int, rng: np.random.SFC64) -> np.ndarray:
-    """The Q of a Gaussian matrix whose R has a positive diagonal: any other has another law."""
+def _haar_frame(rows: int, columns: int, rng: np.random.SFC64) -> Tensor:
+    """The Q of a Gaussian matrix whose R has a positive diagonal: any other has another law.
+
+    By torch, as the threads of numpy's and of torch's libraries get into each other's way.
+    """
     gaussian = _gaussian(rng, rows, columns)
     if 2 * columns > rows:  # may be badly conditioned
-        q, r = np.linalg.qr(gaussian)
-        return q * np.where(np.diag(r) < 0, -1.0, 1.0)
-    lower = np.linalg.cholesky(gaussian.T @ gaussian)
-    return gaussian @ np.linalg.inv(lower).T
+        q, r = torch.linalg.qr(gaussian)
+        return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    lower = torch.linalg.cholesky(gaussian.mT @ gaussian)
+    identity = torch.eye(columns, dtype=gaussian.dtype)
+    return gaussian @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
 
 
-def _singular_values(rows: int, columns: int, r: int, choice: OrthoInit, seed: int) -> np.ndarray:
+def _singular_values(rows: int, columns: int, r: int, choice: OrthoInit, seed: int) -> Tensor:
     values = _gaussian_singular_values(
         max(rows, columns), min(rows, columns), min(r, rows, columns), choice, seed
     )
-    return values / r
+    return torch.from_numpy(values / r)
 
 
 @functools.lru_cache(maxsize=256)
@@ -154,8 +154,8 @@ def _with_surplus(
     if surplus:
         extra_left = _gaussian(rng, left.shape[0], surplus)
         extra_right = _gaussian(rng, surplus, right.shape[1])
-        extra_left /= np.linalg.norm(extra_left, axis=0, keepdims=True)
-        extra_right /= np.linalg.norm(extra_right, axis=1, keepdims=True)
+        extra_left /= extra_left.norm(dim=0, keepdim=True)
+        extra_right /= extra_right.norm(dim=1, keepdim=True)
         left = torch.cat([left, _rounded(extra_left)], dim=1)
         right = torch.cat([right, _rounded(extra_right)])
         values = torch.cat([values, values.new_zeros(surplus)])
