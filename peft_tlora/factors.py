@@ -56,14 +56,14 @@ class Scale(Factor):
         return x * self.weight.to(x.dtype).reshape(-1, *(1,) * trailing)
 
 
-def plain_weight(module: nn.Module, cls: type[nn.Module]) -> Tensor | None:
+def plain_weight(module: nn.Module, *classes: type[nn.Module]) -> Tensor | None:
     """The weight of a module that may be read without calling it; None if somebody watches.
 
     A forward of its own, hooks, another class or a weight of another kind say that calling it does
     more: engines that shard or offload, quantisers, users' hooks.
     """
     if (
-        type(module) is not cls
+        type(module) not in classes
         or "forward" in module.__dict__  # accelerate and diffusers wrap it
         or module._forward_pre_hooks
         or module._forward_hooks

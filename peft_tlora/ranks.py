@@ -91,9 +91,9 @@ class ActiveRanks:
         return pair(mask, mask, groups_of(module)) if adapter in module.lora_lambda else mask
 
     def gate(
-        self, module: Layer, adapter: str, x: Tensor, dtype: torch.dtype, r: int, *, twice: bool
+        self, module: Layer, adapter: str, rows: "Rows", r: int, *, twice: bool
     ) -> tuple[Gate, int | None]:
-        """Mask times scaling for the fused factors of a linear layer, in the running forward.
+        """Mask times scaling for the fused factors of a layer without groups, in this forward.
 
         Where the timestep lies on the host, only the ranks that any sample needs are computed. If
         all need the same, there is nothing to mask and the gate is the scaling.
@@ -101,8 +101,7 @@ class ActiveRanks:
         Args:
             module: The layer.
             adapter: Name of the adapter.
-            x: The layer's input.
-            dtype: The dtype of the gate.
+            rows: The layer's input.
             r: The adapter's rank in this layer.
             twice: Whether the factors have two columns a rank.
 
@@ -116,7 +115,6 @@ class ActiveRanks:
         first = timestep.largest_rank(self.schedule)
         if first is not None and timestep.is_uniform():
             return module.scaling[adapter], first
-        rows = Rows(x, x.dim() - 1, dtype)
         r = r if first is None else first
         return self._gate(timestep, rank, module.scaling[adapter], rows, r, twice), first
 

@@ -23,7 +23,8 @@ _FACTORS = (
     "lora_B_init",
     "lora_lambda_init",
 )
-_LINEAR = (nn.Linear, nn.Linear, Scale, Projection, Projection, Scale)
+_PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CLASSES = (_PROJECTIONS, _PROJECTIONS, (Scale,), (Projection,), (Projection,), (Scale,))
 
 
 class TLoraVariant(LoraVariant):
@@ -68,7 +69,13 @@ class TLoraVariant(LoraVariant):
         if factors is None:
             return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
         gate, first = self._gate(module, active_adapter, x, dtype, factors)
-        return add_update(result, x, factors, gate, dtype, first)
+        if factors.dq.dim() == 2:
+            return add_update(result, x, factors, gate, dtype, first)
+        if first == 0:  # no convolution has no channel
+            return result + self._update(module, active_adapter, x.to(dtype))
+        down, up = factors.first(first).to(dtype).fused()
+        hidden = module.lora_A[active_adapter]._conv_forward(x.to(dtype), down, None) * gate
+        return result + module.lora_B[active_adapter]._conv_forward(hidden, up, None)
 
     def forward_of_linear(self, module: Layer, adapter: str, x: Tensor, factors: Factors) -> Tensor:
         """The output of a plain linear layer with this adapter, whose dtypes are the input's."""
@@ -77,23 +84,26 @@ class TLoraVariant(LoraVariant):
         return adapted_linear(x, base.weight, base.bias, factors, gate, first)
 
     def plain_factors(self, module: Layer, adapter: str) -> Factors | None:
-        """The factors of a linear layer that may be read; None if the modules must be called."""
+        """The factors of a layer without groups, if they may be read; None to call the modules."""
         if torch.compiler.is_compiling() or has_transforms():
             return None
         names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
         weights = []
-        for name, cls in zip(names, _LINEAR, strict=False):
-            weight = plain_weight(getattr(module, name)[adapter], cls)
+        for name, classes in zip(names, _CLASSES, strict=False):
+            weight = plain_weight(getattr(module, name)[adapter], *classes)
             if weight is None:
                 return None
             weights.append(weight)
+        if weights[0].dim() > 2 and groups_of(module) > 1:
+            return None
         return self._unpadded(module, adapter, Factors(*weights))
 
     def _gate(
         self, module: Layer, adapter: str, x: Tensor, dtype: torch.dtype, factors: Factors
     ) -> tuple[Gate, int | None]:
+        channel = x.dim() + 1 - factors.dq.dim()
         r, twice = len(factors.dq), factors.dlam is not None
-        return self.ranks.gate(module, adapter, x, dtype, r, twice=twice)
+        return self.ranks.gate(module, adapter, Rows(x, channel, dtype), r, twice=twice)
 
     def _update(
         self,
