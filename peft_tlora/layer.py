@@ -23,9 +23,9 @@ START = ("lora_A_init", "lora_B_init", "lora_lambda_init")
 FROZEN = (*START, "lora_schedule")
 
 _NO_START = (
-    "The weights for {} come with a schedule that says their start is in the file, but without it "
-    "(lora_A_init, lora_B_init, lora_lambda_init): the adapter would compute something else. Save "
-    "it where it was trained with get_peft_model_state_dict or save_pretrained."
+    "The weights for {} come without the start that the adapter was trained from, or with a part "
+    "of it (lora_A_init, lora_B_init, lora_lambda_init): it would compute something else. Save it "
+    "where it was trained with get_peft_model_state_dict or save_pretrained."
 )
 _HALF = (
     "The weights for {} are lora_A and lora_B without lora_lambda: plain LoRA, which would act "
@@ -172,18 +172,23 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
         if ortho and "lora_lambda" not in tensors and {"lora_A", "lora_B"} <= tensors.keys():
             raise ValueError(_HALF.format(name))
         recipe = self.recipes.get(adapter)
+        encoded = None
         if "lora_schedule" in tensors:
             encoded = decode_schedule(tensors["lora_schedule"], self.r[adapter], name)
-            variant.follow(self, encoded.schedule)
             recipe = encoded.recipe
-        if ortho and START[0] in tensors:
+        held = tensors.keys() & set(START)
+        # a start that the file should hold, or that one made for inference has waited for
+        needed = ortho and recipe is None and (encoded or not self.start(adapter).q0.any())
+        if (needed or held) and len(held) < len(START):
+            raise ValueError(_NO_START.format(name))
+        if encoded is not None:
+            variant.follow(self, encoded.schedule)
+        if ortho and held:
             start = Start(*(tensors[part] for part in START))
             start = widened(start, self.lora_A[adapter].weight)
             tensors.update(zip(START, start, strict=True))
             self.set_start(adapter, start, recipe, saved=True)
-        elif ortho and recipe != self.recipes[adapter]:
-            if recipe is None:
-                raise ValueError(_NO_START.format(name))
+        elif ortho and recipe is not None and recipe != self.recipes[adapter]:
             factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             self.set_start(adapter, rebuild(recipe, *factors, groups_of(self), name), recipe)
 

@@ -156,11 +156,20 @@ def test_an_adapter_follows_the_start_of_a_file_whatever_its_own(fields):
         assert_same(outputs(third), outputs(model))
 
 
-def test_a_file_that_has_lost_the_start_that_it_should_hold_is_refused():
-    state_dict = get_peft_model_state_dict(adapted(**WEIGHT))
-    state_dict = {name: t for name, t in state_dict.items() if "_init" not in name}
-    with pytest.raises(ValueError, match="weights for to_q come with a schedule that says their"):
-        set_peft_model_state_dict(adapted(), state_dict)
+@pytest.mark.parametrize("own", [{}, WEIGHT, {**WEIGHT, "inference_mode": True}])
+@pytest.mark.parametrize("left_out", [["_init"], ["_init", "schedule"], ["lambda_init"]])
+def test_a_file_that_has_lost_the_start_that_it_should_hold_is_refused(own, left_out):
+    state_dict = {
+        name: tensor
+        for name, tensor in get_peft_model_state_dict(adapted(**WEIGHT)).items()
+        if not any(part in name for part in left_out)
+    }
+    other = adapted(**own)
+    if "schedule" in left_out and not own.get("inference_mode"):
+        set_peft_model_state_dict(other, state_dict)  # that of an adapter of the same config
+        return
+    with pytest.raises(ValueError, match="weights for to_q come without the start"):
+        set_peft_model_state_dict(other, state_dict)
 
 
 def test_other_formats_get_the_start(tmp_path):
