@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from measure import interleaved, ratio, report
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.hooks import disconnect
+from peft_tlora.timestep.hooks import disconnect
 
 MODEL = Path(__file__).parents[1] / "examples" / "toybox" / "model"
 

@@ -3,12 +3,13 @@
 from importlib.metadata import version
 
 from .config import TLoraConfig
-from .integrations import diffusers, peft
+from .integrations import diffusers, hosts, peft, saving
 from .loading import load_tlora_weights
 from .model import TLoraModel
 from .regularization import orthogonality_loss
 from .schedule import active_rank
-from .timestep import timestep_context
+from .timestep.functions import timestep_from
+from .timestep.state import timestep_context
 
 __version__ = version("peft_tlora")
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "load_tlora_weights",
     "orthogonality_loss",
     "timestep_context",
+    "timestep_from",
 ]
 
 peft.install(TLoraConfig, TLoraModel)
 diffusers.install()
+hosts.install()
+saving.install()

@@ -164,14 +164,14 @@ def align_ranks(active: Tensor, leading: int, tokens: int | None) -> Tensor | No
 
     Returns:
         Shape (), (leading,) or (leading, tokens); None if several samples can't be told apart.
-        Where the token axes differ, a sample's noisiest token, the one with the fewest ranks,
+        Where the input has no token axis, a sample's noisiest token, the one with the fewest ranks,
         stands for the sample.
     """
     if active.numel() == 1:
         return active.reshape(())
     if active.dim() == 2 and active.numel() == leading:
         return active.flatten()
-    if active.dim() == 2 and active.shape[1] != tokens:
+    if active.dim() == 2 and tokens is None:
         active = active.amin(dim=1)
     repeats, rest = divmod(leading, active.shape[0])
     if rest:

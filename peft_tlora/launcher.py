@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from .config import TLoraConfig
-from .denoisers import find_denoiser
 from .model import TLoraModel
-from .timestep import TimestepLayer
+from .timestep.denoisers import find_denoiser
+from .timestep.state import TimestepLayer
 
 
 class NoAdapterError(RuntimeError):

@@ -9,12 +9,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Embedding, MultiheadAttention
 from torch import Tensor, nn
 
+from .checkpoint import schedule_fields
 from .combination import as_plain_lora, order_by_rank, plan_combination
 from .config import TLoraConfig
-from .denoisers import Denoiser, find_denoiser, name_inside
 from .dispatch import as_tlora_layer
-from .hooks import connect, disconnect
 from .initialization import add_tlora
+from .integrations import saving
 from .integrations.diffusers import (
     refuse_hotswap_preparation,
     refuse_other_base,
@@ -23,11 +23,18 @@ from .integrations.diffusers import (
 from .layer import TLoraLayer
 from .ranks import Layer
 from .regularization import orthogonality_loss
+from .timestep.denoisers import Denoiser, find_denoiser, name_inside
+from .timestep.hooks import connect, disconnect
 
 _NO_CONVERSION = (
     "path_initial_model_for_weight_conversion is not supported with T-LoRA, which never changes "
     "the base weights; save without it."
 )
+
+
+def _gives_unit(config: Any) -> bool:
+    fields = ("num_train_timesteps", "timestep_reversed", "timestep_type")
+    return any(getattr(config, name, None) is not None for name in fields)
 
 
 class TLoraModel(LoraModel):
@@ -63,9 +70,10 @@ class TLoraModel(LoraModel):
         self._oversized: list[str] = []
         self._unmasked: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        connect(model)
+        connect(model, unit_is_given=_gives_unit(config))
         if weights is not None:
             self._follow(adapter_name, weights)
+        self._remember(adapter_name, config)
         if self._unmasked:
             warnings.warn(
                 f"{len(self._unmasked)} layers are of classes registered as custom modules, whose "
@@ -132,6 +140,15 @@ class TLoraModel(LoraModel):
         except ValueError:
             self.delete_adapter(adapter_name)
             raise
+
+    def _remember(self, adapter_name: str, config: Any) -> None:
+        """Tell what a host's own file of the adapter won't say."""
+        for layer in self.model.modules():
+            variant = layer.tlora_variant(adapter_name) if isinstance(layer, TLoraLayer) else None
+            if variant is not None:
+                fields = schedule_fields(variant.ranks.schedule)
+                saving.remember(config, {k: v for k, v in fields.items() if "timestep" in k})
+                return
 
     def _create_and_replace(
         self,

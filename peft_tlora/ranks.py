@@ -5,11 +5,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .denoisers import Layout
 from .functional import align_ranks, pair
 from .linear import Gate
 from .schedule import RankSchedule, rank_mask
-from .timestep import CapturedTimestep
+from .timestep.captured import CapturedTimestep
+from .timestep.denoisers import Layout
 
 # a peft_tlora.layer.TLoraLayer; torch types what hangs on a module as Tensor | Module
 Layer: TypeAlias = Any
@@ -191,7 +191,10 @@ class ActiveRanks:
         )
         if self.layout == "repacked":
             return self._one_for_all(timestep, rank, refusal)
-        if self.layout == "sequence_first" and tokens is not None:
+        sequence_first = self.layout == "sequence_first" and tokens is not None
+        if rank.dim() == 2 and rank.numel() != count:
+            rank = self._of_tokens(rank, timestep.shard, count if sequence_first else tokens)
+        if sequence_first:
             aligned = align_ranks(rank, tokens, count)
             if aligned is not None and aligned.dim() > 0:
                 aligned = aligned.reshape(tokens, -1).T
@@ -200,6 +203,29 @@ class ActiveRanks:
         if aligned is None:
             return self._one_for_all(timestep, rank, refusal)
         return aligned if samples is None or aligned.dim() == 0 else aligned[samples]
+
+    def _of_tokens(self, rank: Tensor, shard: tuple[int, int] | None, tokens: int | None) -> Tensor:
+        """The active ranks of the tokens that a layer sees, of shape (batch, tokens) or (batch,).
+
+        The timesteps are of tokens or of frames, whose tokens follow each other. A sample's
+        noisiest one stands for it where a layer sees no tokens, or other ones.
+        """
+        given = rank.shape[1]
+        if tokens is None or tokens == 1 or self.layout == "other_tokens":
+            return rank.amin(dim=1)
+        if shard is not None and tokens < given:
+            part, parts = shard
+            own = rank.tensor_split(parts, dim=1)[part]
+            if own.shape[1] == tokens:
+                return own
+        elif tokens == given or (tokens % given == 0 and shard is None):
+            return rank.repeat_interleave(tokens // given, dim=1)
+        raise ValueError(
+            f"The T-LoRA layer {self.layer_name} sees {tokens} tokens, but the timestep has "
+            f"{given} for each sample, so it can't be told whose is whose. If the tokens "
+            "are split over processes, it must be with diffusers' ContextParallelConfig; else "
+            "leave the layer out with exclude_modules, or give one timestep a sample."
+        )
 
     def _one_for_all(self, timestep: CapturedTimestep, rank: Tensor, refusal: str) -> Tensor:
         if timestep.is_uniform():

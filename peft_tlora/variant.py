@@ -6,13 +6,13 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .denoisers import Layout
 from .factors import Projection, Scale, plain_weight
 from .functional import Factors, autocast_dtype, delta_weight
-from .integrations.torch import has_transforms, replicated
+from .integrations.torch import is_traced, replicated
 from .linear import Gate, adapted_linear, add_update
 from .ranks import ActiveRanks, Layer, Rows, groups_of
 from .schedule import RankSchedule
+from .timestep.denoisers import Layout
 
 # the containers of a layer in the order of Factors
 _FACTORS = (
@@ -85,7 +85,7 @@ class TLoraVariant(LoraVariant):
 
     def plain_factors(self, module: Layer, adapter: str) -> Factors | None:
         """The factors of a layer without groups, if they may be read; None to call the modules."""
-        if torch.compiler.is_compiling() or has_transforms():
+        if is_traced():
             return None
         names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
         weights = []

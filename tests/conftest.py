@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
+
 # what the installed PEFT doesn't have yet
 collect_ignore = [] if find_spec("peft.tuners.lora.conversion") else ["test_conversion.py"]
 
@@ -16,7 +18,7 @@ def _seed():
 
 
 class TinyDenoiser(nn.Module):
-    """An unknown denoiser: (batch, tokens, 8) in and out, a few kinds of layers."""
+    """A denoiser: (batch, tokens, 8) in and out, a few kinds of layers."""
 
     def __init__(self, features: int = 8) -> None:
         super().__init__()
@@ -27,6 +29,12 @@ class TinyDenoiser(nn.Module):
     def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         t = torch.as_tensor(timestep, dtype=x.dtype).reshape(-1, 1, 1) / 1000
         return self.to_out(torch.tanh(self.to_q(x + self.time_proj(t))))
+
+
+# what a user does for classes of their own
+DENOISERS["tests:TinyDenoiser"] = Denoiser()
+for _name in ("torch:Sequential", "tests:TinyModel"):
+    DENOISERS[_name] = None
 
 
 @pytest.fixture

@@ -300,7 +300,9 @@ def test_a_convolution_without_an_active_rank_is_its_base():
         def forward(self, x, timestep):
             return self.layers(x)
 
-    config = TLoraConfig(r=4, min_rank=0, target_modules=["layers.0"])
+    config = TLoraConfig(
+        r=4, min_rank=0, target_modules=["layers.0"], num_train_timesteps=1000
+    )
     adapted = inject_adapter_in_model(config, Denoiser())
     perturb(adapted)
     for timestep in (1000, torch.tensor(1000), torch.tensor([1000, 1000])):
@@ -453,7 +455,7 @@ def test_attention_takes_trained_tensors_as_well_as_whole_files():
         def forward(self, x, timestep):
             return self.attn(x, x, x)[0]
 
-    config = TLoraConfig(r=4, target_modules=["attn"])
+    config = TLoraConfig(r=4, target_modules=["attn"], num_train_timesteps=1000)
     trained = inject_adapter_in_model(config, Attention())
     perturb(trained)
     weights = get_peft_model_state_dict(trained)

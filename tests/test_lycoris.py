@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_tlora.denoisers import DENOISERS, Denoiser
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.inspection import inspect_file
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
 from peft_tlora.formats.trainers import read_lycoris
+from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 from . import foreign
 from .tiny import families

@@ -76,6 +76,7 @@ def test_the_public_names_are_exported():
         "load_tlora_weights",
         "orthogonality_loss",
         "timestep_context",
+        "timestep_from",
     }
     for name in peft_tlora.__all__:
         assert getattr(peft_tlora, name)

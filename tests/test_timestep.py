@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from peft_tlora import TLoraConfig, active_rank, ranks, recomputation, timestep_context
+from peft_tlora import TLoraConfig, active_rank, ranks, timestep_context
+from peft_tlora.timestep import recomputation
+from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 
@@ -163,6 +165,9 @@ class DeepDenoiser(nn.Module):
         for block in self.blocks:
             x = self.checkpoint(block, x)
         return x
+
+
+DENOISERS["tests:DeepDenoiser"] = Denoiser()
 
 
 def nested(function, x):
@@ -545,15 +550,23 @@ def test_the_denoiser_is_found_however_the_adapter_comes_in(inject):
 
 
 def test_the_outermost_module_with_a_timestep_is_the_denoiser():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x, t):
+            return self.to_q(x + t)
+
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
-            self.denoiser = TinyDenoiser()
+            self.denoiser = Inner()
 
         def forward(self, x, timestep):
             return self.denoiser(x, 0 * timestep)  # an embedding, say
 
-    model = adapted(Wrapper())
+    model = adapted(Wrapper(), num_train_timesteps=1000)
     assert set(ranks_seen(model, torch.randn(2, 3, 8), torch.tensor(1000)).values()) == {1}
     assert not model.base_model.model.denoiser._forward_pre_hooks
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.denoisers import describe
+from peft_tlora.timestep.denoisers import describe
 
 from .conftest import Watch, assert_masks_follow
 from .tiny.pipelines import denoiser, save_weights

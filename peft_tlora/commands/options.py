@@ -46,8 +46,8 @@ def add_facts(
     group.add_argument(
         "--config",
         metavar="FILE",
-        help="the training's TLoraConfig as JSON, or a folder with adapter_config.json, for a file "
-        "that holds trained tensors alone",
+        help="the training's TLoraConfig as JSON: a file, a folder with adapter_config.json or the "
+        "text itself, for a file that holds trained tensors alone",
     )
     parser.add_argument("--component", help="which model of the pipeline, such as unet")
     parser.add_argument("--allow-pickle", action="store_true", help="read .pt files, too")

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..denoisers import Denoiser, describe
 from ..schedule import RankSchedule, RankScheduleKind
+from ..timestep.denoisers import Denoiser, describe
 
 
 @dataclass(frozen=True)

@@ -95,26 +95,39 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The content of a JSON file; a ValueError if it is none, too large or too deep."""
-    return _parse(Path(path), json.loads, "JSON")
+    return _read(Path(path), json.loads, "JSON")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """The content of a YAML file of plain values; a ValueError as `read_json`."""
-    return _parse(Path(path), yaml.safe_load, "YAML")
+    return _read(Path(path), yaml.safe_load, "YAML")
 
 
-def _parse(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
+def parse_json(text: str, what: str) -> Any:
+    """The values that JSON text says; a ValueError that names `what` it is, if it is none."""
+    return _parse(text, what, json.loads, "JSON")
+
+
+def _read(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     if path.stat().st_size > _TEXT_LIMIT:
         raise ValueError(f"{path} is larger than {_TEXT_LIMIT} bytes, too large for its purpose.")
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is no {kind} of plain values: {error}") from None
+    return _parse(text, str(path), parse, kind)
+
+
+def _parse(text: str, what: str, parse: Callable[[str], Any], kind: str) -> Any:
+    try:
+        return parse(text)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply.") from None
+        raise ValueError(f"{what} is nested too deeply.") from None
     except (ValueError, yaml.YAMLError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no {kind} of plain values: {reason}") from None
+        raise ValueError(f"{what} is no {kind} of plain values: {reason}") from None
 
 
 def write_tensors(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TLoraConfig
-from ..denoisers import describe as describe_denoiser
 from ..functional import Factors
+from ..timestep.denoisers import describe as describe_denoiser
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts
 from .families import family_of

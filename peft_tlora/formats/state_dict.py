@@ -11,12 +11,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..config import TLoraConfig
-from ..denoisers import Denoiser, find_denoiser, name_inside
 from ..frozen import Recipe, canonical_name, new_start
 from ..functional import Factors
+from ..timestep.denoisers import Denoiser, find_denoiser, name_inside
 from .adapter import Adapter, AdapterLayer, check_name, check_projections
 from .families import COMPONENT, component_of
-from .files import Checkpoint, read_json
+from .files import Checkpoint, parse_json, read_json
 from .own import Source, checkpoint, choose_component, is_diffusers, is_peft
 from .tensors import OWN_FIELDS, grouped, layers_of_own, parsed, rank_of
 
@@ -78,15 +78,19 @@ def read_config(source: str | os.PathLike[str]) -> TLoraConfig:
     """Read a config from JSON.
 
     Args:
-        source: PEFT's adapter_config.json, a folder with it, or any other file with arguments of
-            `TLoraConfig`.
+        source: PEFT's adapter_config.json, a folder with it, any other file with arguments of
+            `TLoraConfig`, or these as JSON themselves, from their `{` on.
 
     Raises:
         ValueError: If it is another file, or the config of something else.
     """
-    path = Path(source)
-    path = path / "adapter_config.json" if path.is_dir() else path
-    values = read_json(path)
+    path: Any = "The config"
+    if str(source).lstrip().startswith("{"):
+        values = parse_json(str(source), path)
+    else:
+        path = Path(source)
+        path = path / "adapter_config.json" if path.is_dir() else path
+        values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold names and values, got {type(values).__name__}.")
     kind = values.pop("peft_type", None)

@@ -135,6 +135,19 @@ def _moving_all(original: Callable[..., None]) -> Callable[..., None]:
     return set_lora_device
 
 
+def token_shard(denoiser: nn.Module) -> tuple[int, int] | None:
+    """Which part of the tokens this process has of how many; None if it has all.
+
+    With a `ContextParallelConfig` diffusers splits them below the hooks of the denoiser.
+    """
+    parallel: Any = getattr(denoiser, "_parallel_config", None)
+    context = getattr(parallel, "context_parallel_config", None)
+    if context is None:
+        return None
+    mesh = context._flattened_mesh
+    return torch.distributed.get_rank(mesh.get_group()), mesh.size()
+
+
 def weights_of_file(config: Any) -> Mapping[str, Tensor] | None:
     """Take the weights of the file that a config was made of, if the tuner is to see them."""
     return vars(config).pop(_WEIGHTS, None)

@@ -21,7 +21,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor
 
 from ..config import TLoraConfig
-from ..timestep import TimestepLayer
+from ..timestep.state import TimestepLayer
 
 _TESTED = ("0.18.1", "0.22")  # from, and below
 _NAME = "TLORA"

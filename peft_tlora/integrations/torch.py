@@ -14,9 +14,22 @@ def has_transforms() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def is_traced() -> bool:
+    """Whether what runs becomes a graph or a transform, so that no tensor may be read or kept."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or has_transforms()
+
+
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank has, to be used with one that may be sharded over them."""
     if not isinstance(like, DTensor):
         return tensor
     mesh = like.device_mesh
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def current_device() -> int | None:
+    """Index of the accelerator that this thread works on, None where there is but the host.
+
+    Threads of `nn.DataParallel` and of autograd have one each.
+    """
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None

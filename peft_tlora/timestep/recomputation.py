@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ..integrations.torch import current_device
+
 # forwards whose backward may still come; each costs one small tensor
 _MAX_PENDING_FORWARDS = 4096
 Value = TypeVar("Value")
@@ -23,12 +25,20 @@ class Forward(Generic[Value]):
     def __init__(self, value: Value | None) -> None:
         self.value = value
         self.thread = threading.get_ident()  # each thread counts for itself
+        self.device = current_device()
         self.first = _next_sequence_number()
         self.end: int | None = None
 
     def owns(self, sequence_number: int) -> bool:
         """Whether it handed out a sequence number."""
         return self.first <= sequence_number and (self.end is None or sequence_number < self.end)
+
+
+class _Latest(threading.local, Generic[Value]):
+    """What a thread has recomputed last, and the last number that one of its forwards used."""
+
+    recomputed: Forward[Value] | None = None
+    number = 0
 
 
 class ForwardLog(Generic[Value]):
@@ -41,8 +51,7 @@ class ForwardLog(Generic[Value]):
     def __init__(self, name: str | None) -> None:
         self.name = name
         self._forwards: deque[Forward[Value]] = deque(maxlen=_MAX_PENDING_FORWARDS)
-        self._recomputed: Forward[Value] | None = None
-        self._last_number = 0
+        self._latest: _Latest[Value] = _Latest()
 
     def open(self, value: Value | None) -> Forward[Value] | None:
         """Note that a forward starts; None if it can't be recomputed."""
@@ -50,35 +59,35 @@ class ForwardLog(Generic[Value]):
             return None
         forward = Forward(value)
         self._forwards.append(forward)
-        self._recomputed = None
-        self._last_number = forward.first
+        self._latest.recomputed = None
+        self._latest.number = forward.first
         return forward
 
     def close(self, forward: Forward[Value] | None) -> None:
         """Note that a forward has ended."""
         if forward is not None:
-            forward.end = self._last_number = _next_sequence_number()
+            forward.end = self._latest.number = _next_sequence_number()
 
     def value_of_recomputation(self) -> Value | None:
         """The value of the forward that runs again now, None outside of a recomputation.
 
         Raises:
-            RuntimeError: If that forward is too long ago.
+            RuntimeError: If that forward is too long ago, or several may be the one.
         """
         if torch.compiler.is_compiling() or not self._forwards:
             return None
         number = _backward_sequence_number()
         if number is None:
             return None
-        outer = self._recomputed
+        outer = self._latest.recomputed
         if outer is not None and outer.thread == threading.get_ident():
-            if number >= self._last_number:
+            if number >= self._latest.number:
                 # no forward has used this number: a recomputed block holds a checkpoint itself
                 return outer.value
-        for forward in reversed(self._forwards):
-            if forward.owns(number):
-                self._recomputed = forward
-                return forward.value
+        forward = self._owner(number)
+        if forward is not None:
+            self._latest.recomputed = forward
+            return forward.value
         if len(self._forwards) == self._forwards.maxlen and number < self._forwards[0].first:
             raise RuntimeError(
                 f"More than {self._forwards.maxlen} forwards of {self.name} came before this "
@@ -86,6 +95,26 @@ class ForwardLog(Generic[Value]):
                 "backward earlier."
             )
         return None if outer is None else outer.value
+
+    def _owner(self, number: int) -> Forward[Value] | None:
+        """The forward that handed out a number: of this thread, or else of its device."""
+        owners: dict[int, Forward[Value]] = {}  # the latest of each thread
+        for forward in reversed(tuple(self._forwards)):
+            if forward.owns(number):
+                if forward.thread == threading.get_ident():
+                    return forward
+                owners.setdefault(forward.thread, forward)
+        found = list(owners.values())
+        if len(found) > 1:
+            device = current_device()
+            found = [forward for forward in found if forward.device == device]
+        if len(found) > 1:
+            raise RuntimeError(
+                f"Forwards of {self.name} in several threads are to be recomputed on one device, "
+                "and it can't be told whose block this is. Call backward in the thread of the "
+                "forward, or train without gradient checkpointing."
+            )
+        return found[0] if found else None
 
 
 def _next_sequence_number() -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .schedule import RankSchedule
+from ..schedule import RankSchedule
 
 
 class TimestepRange:

@@ -1,30 +1,41 @@
 """Connects T-LoRA layers with the timestep of their denoiser: a hook reads it at each forward."""
 
-import warnings
-
 from torch import nn
 
-from .denoisers import Denoiser, find_denoiser, forward_arguments, is_known, library_of
-from .timestep import TimestepLayer, TimestepState
+from ..integrations.diffusers import token_shard
+from .denoisers import (
+    Denoiser,
+    find_denoiser,
+    follow_path,
+    forward_arguments,
+    is_known,
+    is_timeless,
+    root_of,
+)
+from .state import TimestepLayer, TimestepState
 
 _HOOK = "_tlora_timestep_hook"
-_NOISE_WORDS = ("time", "sigma", "noise")
 
 
-def connect(model: nn.Module) -> None:
+def connect(model: nn.Module, unit_is_given: bool) -> None:
     """Give each T-LoRA layer of a model the state of its denoiser, and hook the denoisers.
 
-    Layers without a denoiser share a state of their own, which only `timestep_context` sets.
+    Layers without a denoiser share a state of their own, which only `timestep_context` sets; those
+    of a text encoder or autoencoder expect none.
+
+    Args:
+        model: The model.
+        unit_is_given: Whether the config of the new adapter says how timesteps count.
     """
-    lone = TimestepState(type(model).__name__ if _looks_like_denoiser(type(model)) else None)
+    timeless, lone = TimestepState(None), TimestepState(type(model).__name__)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, TimestepLayer):
             continue
         found = find_denoiser(model, name)
         if found is not None:
-            layer.timestep_state = _hook(*found)
+            layer.timestep_state = _hook(*found, unit_is_given)
         elif layer.timestep_state is None:
-            layer.timestep_state = lone
+            layer.timestep_state = timeless if _is_in_timeless(model, name) else lone
 
 
 def disconnect(module: nn.Module) -> None:
@@ -43,7 +54,9 @@ class _TimestepHook:
             per_sample=denoiser.per_sample,
             detects_log_sigma=denoiser.timestep_type is None,
         )
-        self.argument = denoiser.argument
+        self.argument, self.path = denoiser.argument, None
+        if denoiser.argument is not None and root_of(denoiser.argument) != denoiser.argument:
+            self.argument, self.path = root_of(denoiser.argument), denoiser.argument
         arguments = forward_arguments(type(module))
         self.position = arguments.index(self.argument) if self.argument in arguments else None
         self.handles = [
@@ -57,7 +70,9 @@ class _TimestepHook:
             timestep = kwargs[self.argument]
         elif self.position is not None and self.position < len(args):
             timestep = args[self.position]
-        self.state.begin_forward(timestep)
+        if self.path is not None:
+            timestep = follow_path(self.path, timestep)
+        self.state.begin_forward(timestep, token_shard(module))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         self.state.end_forward()
@@ -67,23 +82,26 @@ class _TimestepHook:
             handle.remove()
 
 
-def _hook(module: nn.Module, denoiser: Denoiser) -> TimestepState:
+def _hook(module: nn.Module, denoiser: Denoiser, unit_is_given: bool) -> TimestepState:
     if _HOOK not in module.__dict__:
         for inner in module.modules():  # an adapter may have been put into a part of it before
             disconnect(inner)
         module.__dict__[_HOOK] = _TimestepHook(module, denoiser)
-        if library_of(type(module)) == "diffusers" and not is_known(module):
-            warnings.warn(
-                f"peft_tlora doesn't know {type(module).__name__} of this version of diffusers. It "
-                f"takes its argument `{denoiser.argument}` to count from 0 (clean) to 1000 (pure "
-                "noise); if it doesn't, set num_train_timesteps, timestep_reversed and "
-                "timestep_type in the config.",
-                stacklevel=2,
-            )
-    return module.__dict__[_HOOK].state
+    state = module.__dict__[_HOOK].state
+    if not unit_is_given and not is_known(module):
+        state.assumption = (
+            f"peft_tlora doesn't know {type(module).__name__}. It takes its argument "
+            f"`{denoiser.argument}` to count from 0 (clean) to 1000 (pure noise). Say how it does "
+            "with num_train_timesteps and timestep_reversed in the config, also if that is right."
+        )
+    return state
 
 
-def _looks_like_denoiser(cls: type[nn.Module]) -> bool:
-    if library_of(cls) == "transformers":
-        return False
-    return any(word in name for name in forward_arguments(cls) for word in _NOISE_WORDS)
+def _is_in_timeless(model: nn.Module, layer_name: str) -> bool:
+    """Whether a layer lies in a module without time, of those between it and the model."""
+    module = model
+    for attribute in layer_name.split("."):
+        if is_timeless(module):
+            return True
+        module = getattr(module, attribute)
+    return False

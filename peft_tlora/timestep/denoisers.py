@@ -2,15 +2,16 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from .schedule import TimestepType
+from ..schedule import TimestepType
 
-Layout = Literal["batch_first", "sequence_first", "repacked"]
+Layout = Literal["batch_first", "sequence_first", "repacked", "other_tokens"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class Denoiser:
     """How a class of denoisers is told the time.
 
     Args:
-        argument: Name of the timestep argument of its forward; None if it has none, so that only
-            `timestep_context` can tell it.
+        argument: The timestep among the arguments of its forward: a name, or a path such as
+            `video.sigma` or `timesteps[0]`; None if it has none, so that only `timestep_context`
+            can tell it.
         num_train_timesteps: The value that means pure noise (or clean, if reversed).
         timestep_reversed: Whether 0 is pure noise.
         timestep_type: "linear", or "log_sigma" for 0.25 ln(sigma); None if the scheduler decides
@@ -29,6 +31,8 @@ class Denoiser:
         repacked: Names of submodules whose rows are not batch-major: samples of different
             timesteps can't be told apart there.
         sequence_first: Names of submodules whose inputs are (tokens, batch, features).
+        other_tokens: Names of submodules, as a regular expression that a name's parts are searched
+            for, whose tokens aren't those that a timestep a token belongs to, but the text's, say.
     """
 
     argument: str | None = "timestep"
@@ -38,6 +42,10 @@ class Denoiser:
     per_sample: bool = True
     repacked: tuple[str, ...] = ()
     sequence_first: tuple[str, ...] = ()
+    other_tokens: str = (
+        r"(^|\.)(attn2|cross_attn)\.(to_)?[kv](_|\.|$)|add_[qkv]|text|caption|context|prompt|"
+        r"encoder|audio|image_(embed|proj)|clip|face|motion"
+    )
 
     def layout(self, layer_name: str) -> Layout:
         """How the batch lies in the input of a layer."""
@@ -46,6 +54,8 @@ class Denoiser:
             return "repacked"
         if any(name in parts for name in self.sequence_first):
             return "sequence_first"
+        if re.search(self.other_tokens, layer_name):
+            return "other_tokens"
         return "batch_first"
 
 
@@ -67,7 +77,7 @@ def _sana(model: nn.Module) -> Denoiser:
 
 
 _TO_1000 = """
-    AllegroTransformer3DModel AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel
+    AllegroTransformer3DModel AnyFlowTransformer3DModel
     AudioLDM2UNet2DConditionModel BriaFiboTransformer2DModel BriaTransformer2DModel
     ChronoEditTransformer3DModel CogVideoXTransformer3DModel CogView3PlusTransformer2DModel
     CogView4Transformer2DModel ConsisIDTransformer3DModel ControlNetModel ControlNetUnionModel
@@ -106,12 +116,15 @@ _Z_IMAGE = Denoiser(
     repacked=("all_x_embedder", "cap_embedder", "siglip_embedder", "control_all_x_embedder"),
 )
 
-# by class name, subclasses included; anything that isn't here counts as unknown, and a user may add
-# a class of their own before making an adapter
-DENOISERS: dict[str, DenoiserEntry] = {
+# by class name, subclasses included, or by "library:class name" where another library has used the
+# name. An entry holds for a class whose forward has the argument; None is for a class without time.
+# Anything else counts as unknown, and a user may add a class of their own before making an adapter
+DENOISERS: dict[str, DenoiserEntry | None] = {
     **{name: Denoiser() for name in _TO_1000},
     **{name: Denoiser(num_train_timesteps=1.0) for name in _TO_1},
     **{name: Denoiser(num_train_timesteps=1.0, timestep_reversed=True) for name in _FROM_0_TO_1},
+    # its last layer sees the frames that are denoised, without those of the context
+    "AnyFlowFARTransformer3DModel": Denoiser(other_tokens=rf"{Denoiser.other_tokens}|^proj_out"),
     "Cosmos3OmniTransformer": Denoiser(argument="vision_timesteps", per_sample=False),
     "DreamLiteUNetModel": Denoiser(),
     "ErnieImageTransformer2DModel": Denoiser(sequence_first=("mlp", "final_linear")),
@@ -137,35 +150,71 @@ DENOISERS: dict[str, DenoiserEntry] = {
     "WuerstchenPrior": Denoiser(argument="r", num_train_timesteps=1.0),
     "ZImageControlNetModel": _Z_IMAGE,
     "ZImageTransformer2DModel": _Z_IMAGE,
+    # of other libraries
+    "diffsynth:Flux2DiT": Denoiser(num_train_timesteps=1.0),
+    "ltx_core:LTXModel": Denoiser(argument="video.sigma", num_train_timesteps=1.0),
+    "OmniGen:OmniGen": Denoiser(num_train_timesteps=1.0, timestep_reversed=True),
+    "videox_fun:WanTransformer3DModel": Denoiser(argument="t"),
 }
-_GENERIC_ARGUMENTS = ("timestep", "timesteps", "t")
+# of classes that aren't known: names of diffusers, ComfyUI and Wan, lucidrains, SiT; of Cosmos
+GENERIC_ARGUMENTS = (
+    *("timestep", "timesteps", "t", "time", "times", "ts", "time_step"),
+    *("timesteps_B_T", "timestep_B_T"),
+)
+# kinds of models whose layers see no timestep, by the class or library they derive from
+_TIMELESS_LIBRARIES = ("transformers", "sentence_transformers", "open_clip", "timm")
+_TIMELESS = re.compile(r"Autoencoder|VQModel|TextEncoder|TextModel|ImageEncoder|ImageProjection")
 
 
 def describe(module: nn.Module) -> Denoiser | None:
     """How a module takes its timestep, None if it takes none.
 
-    A class that `DENOISERS` doesn't have counts if its forward has an argument `timestep`,
-    `timesteps` or `t`: one of an unknown library, or one of diffusers that takes adapters. Its
-    other unknown classes are inner blocks, whose `timestep` is an embedding, and those of
-    transformers mean another time.
+    A class that `DENOISERS` doesn't have counts if its forward has one of `GENERIC_ARGUMENTS`: one
+    of an unknown library, or one of diffusers that takes adapters. Its other unknown classes are
+    inner blocks, whose `timestep` is an embedding, and those of transformers mean another time.
     """
     cls = type(module)
-    for base in cls.__mro__:
-        if base.__name__ in DENOISERS:
-            entry = DENOISERS[base.__name__]
-            return entry if isinstance(entry, Denoiser) else entry(module)
+    known = _known(module)
+    if known is not None:
+        return known
     library = library_of(cls)
     takes_adapters = any(base.__name__ == "PeftAdapterMixin" for base in cls.__mro__)
     if library == "transformers" or (library == "diffusers" and not takes_adapters):
         return None
     arguments = forward_arguments(cls)
-    name = next((name for name in _GENERIC_ARGUMENTS if name in arguments), None)
+    name = next((name for name in GENERIC_ARGUMENTS if name in arguments), None)
     return None if name is None else Denoiser(argument=name)
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether `DENOISERS` has the module's class or one that it derives from."""
-    return any(base.__name__ in DENOISERS for base in type(module).__mro__)
+    """Whether an entry of `DENOISERS` holds for the module."""
+    return _known(module) is not None
+
+
+def is_timeless(module: nn.Module) -> bool:
+    """Whether a module is of a kind without a timestep: a text encoder, an autoencoder."""
+    return any(
+        library_of(base) in _TIMELESS_LIBRARIES
+        or _TIMELESS.search(base.__name__)
+        or any(DENOISERS.get(name, ...) is None for name in _names(base))
+        for base in type(module).__mro__
+    )
+
+
+def _names(cls: type) -> tuple[str, str]:
+    return f"{library_of(cls)}:{cls.__name__}", cls.__name__
+
+
+def _known(module: nn.Module) -> Denoiser | None:
+    for base in type(module).__mro__:
+        for name in _names(base):
+            entry = DENOISERS.get(name)
+            if entry is not None:
+                entry = entry if isinstance(entry, Denoiser) else entry(module)
+                argument = entry.argument
+                if argument is None or root_of(argument) in forward_arguments(type(module)):
+                    return entry
+    return None
 
 
 def find_denoiser(model: nn.Module, layer_name: str) -> tuple[nn.Module, Denoiser] | None:
@@ -193,5 +242,43 @@ def library_of(cls: type[nn.Module]) -> str:
 
 @functools.cache
 def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a class's forward, without self."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+    """Names of the arguments of a class's forward, without self.
+
+    What it passes on by *args and **kwargs are the arguments of the class that it derives from.
+    """
+    names: list[str] = []
+    by_position = False
+    for base in cls.__mro__:
+        if "forward" not in vars(base) or base is nn.Module:
+            continue
+        parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())
+        plain = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
+        names += plain[len(names) :] if by_position else [n for n in plain if n not in names]
+        by_position = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        if not by_position and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return tuple(names)
+
+
+def root_of(argument: str) -> str:
+    """The name at the beginning of a path such as `video.sigma` or `timesteps[0]`."""
+    return re.split(r"[.\[]", argument, maxsplit=1)[0]
+
+
+def follow_path(argument: str, root: Any) -> Any:
+    """What a path leads to from the value of the name at its beginning; None if nothing is there.
+
+    Attributes and, of mappings and sequences, elements.
+    """
+    for dot, attribute, element in re.findall(r"(\.)(\w+)|\[([^\]]+)\]", argument):
+        if root is None:
+            return None
+        if dot:
+            root = getattr(root, attribute, None)
+        elif isinstance(root, Mapping):
+            root = root.get(element.strip("'\""))
+        elif isinstance(root, (Sequence, Tensor)):
+            root = root[int(element)] if int(element) < len(root) else None
+        else:
+            return None
+    return root
