@@ -15,8 +15,9 @@ from .encoding import Encoded, decode_schedule, encode_schedule
 from .factors import Factor, Projection, Scale, plain_weight
 from .frozen import Recipe, Start, rebuild, widened
 from .functional import autocast_dtype
+from .integrations.torch import is_traced
 from .ranks import groups_of
-from .timestep import TimestepLayer
+from .timestep.state import TimestepLayer
 from .variant import TLoraVariant
 
 START = ("lora_A_init", "lora_B_init", "lora_lambda_init")
@@ -137,7 +138,9 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
             container[adapter] = cls(factor, saved=saved)
         self.recipes[adapter] = recipe
 
-    def keep_schedule(self, adapter: str, variant: TLoraVariant) -> None:
+    def keep_schedule(
+        self, adapter: str, variant: TLoraVariant, device: torch.device | None = None
+    ) -> None:
         """Put an adapter's schedule among its weights, where a file takes it along."""
         encoded = encode_schedule(
             Encoded(
@@ -147,8 +150,8 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
                 self.recipes.get(adapter),
             )
         )
-        device = self.lora_A[adapter].weight.device
-        self.lora_schedule[adapter] = Factor(encoded.to("cpu" if device.type == "meta" else device))
+        device = device or self.lora_A[adapter].weight.device
+        self.lora_schedule[adapter] = Factor(encoded.to(device))
 
     def follow(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         """Follow what a file says of an adapter's schedule and start, before its weights come.
@@ -191,6 +194,8 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
         elif ortho and recipe is not None and recipe != self.recipes[adapter]:
             factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             self.set_start(adapter, rebuild(recipe, *factors, groups_of(self), name), recipe)
+        if encoded is None and self.lora_schedule[adapter].weight.is_meta:  # nobody will bring it
+            self.keep_schedule(adapter, variant, next(iter(tensors.values())).device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         """Load, and follow the schedule and the start that the weights were trained with."""
@@ -242,7 +247,7 @@ class Linear(UnquantizedLayer, lora.Linear):
     def _forward_at_once(self, x: Tensor) -> Tensor | None:
         """The output, if base layer and update can be computed in one go; None if not."""
         base: Any = self.base_layer
-        if torch.compiler.is_compiling() or plain_weight(base, nn.Linear) is None:
+        if is_traced() or plain_weight(base, nn.Linear) is None:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         variant = self.tlora_variant(names[0]) if len(names) == 1 else None
