@@ -1,5 +1,6 @@
 """What the weights alone tell: a configuration from a state dict without config or metadata."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,11 @@ from .schedule import RankSchedule
 
 SCHEDULE = ".lora_schedule.weight"
 _LAMBDA = ".lora_lambda.weight"
+# how other programs say that a file is T-LoRA: the names of its tensors, keys of its metadata, and
+# what keys that name an algorithm hold
+_FOREIGN_TENSOR = re.compile(r"\.(q_layer|p_layer|lambda_layer|base_lambda(_buf)?)(\.|$)")
+_FOREIGN_NAME = re.compile(r"t[-_]?lora", re.IGNORECASE)
+_ALGORITHMS = ("ss_network_module", "ss_network_args", "network_module", "algo", "network_type")
 Number = TypeVar("Number", int, float)
 
 
@@ -24,6 +30,18 @@ def is_tlora(state_dict: Mapping[str, Tensor]) -> bool:
 def is_half(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether weights are the trained tensors of a T-LoRA adapter without its schedule."""
     return not is_tlora(state_dict) and any(key.endswith(_LAMBDA) for key in state_dict)
+
+
+def is_foreign(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether names or metadata are those of a T-LoRA adapter that another program has written."""
+    if is_tlora(state_dict) or is_half(state_dict):
+        return False
+    told = {k: metadata[k] for k in _ALGORITHMS if k in metadata}
+    return (
+        any(_FOREIGN_TENSOR.search(name) for name in state_dict)
+        or any(_FOREIGN_NAME.search(name) for name in metadata)
+        or any(_FOREIGN_NAME.search(str(value)) for value in told.values())
+    )
 
 
 def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:

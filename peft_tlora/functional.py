@@ -173,7 +173,7 @@ def align_ranks(active: Tensor, leading: int, tokens: int | None) -> Tensor | No
         return active.flatten()
     if active.dim() == 2 and tokens is None:
         active = active.amin(dim=1)
-    repeats, rest = divmod(leading, active.shape[0])
-    if rest:
+    repeats = leading // active.shape[0]
+    if leading % active.shape[0]:
         return None
     return active if repeats == 1 else active.repeat_interleave(repeats, dim=0)

@@ -3,10 +3,10 @@
 import dataclasses
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -14,13 +14,23 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from .config import TLoraConfig
+from .integrations import saving
 from .model import TLoraModel
 from .timestep.denoisers import find_denoiser
-from .timestep.state import TimestepLayer
+from .timestep.functions import timestep_from as decorated
+from .timestep.state import TimestepLayer, TimestepState, states_of
 
 
-class NoAdapterError(RuntimeError):
-    """The script ended without having made a LoRA adapter that could become T-LoRA."""
+class NotTrainedError(RuntimeError):
+    """The script ended, but nothing was trained with T-LoRA's mask."""
+
+
+class _Exchanged(NamedTuple):
+    """An adapter that became T-LoRA, and the states of its layers, if these follow the time."""
+
+    adapter: str
+    model: str
+    states: list[TimestepState]
 
 
 def run_script(
@@ -28,6 +38,7 @@ def run_script(
     arguments: Sequence[str] = (),
     *,
     text_encoders: bool = False,
+    timestep_from: Mapping[str, str] | None = None,
     **options: Any,
 ) -> int:
     """Run a Python script as `__main__` with T-LoRA in the place of LoRA.
@@ -39,27 +50,58 @@ def run_script(
         script: Path of the script.
         arguments: Its arguments, untouched.
         text_encoders: Whether adapters of models without a timestep become T-LoRA, too.
+        timestep_from: Functions that get the timestep where no denoiser's forward does, as
+            "module:function", each with the argument; see `peft_tlora.timestep_from`. It counts as
+            `options` say.
         **options: Fields of `TLoraConfig` beyond those of `LoraConfig`.
 
     Returns:
         The number of adapters exchanged.
 
     Raises:
-        NoAdapterError: If the script never made an adapter that could be exchanged.
+        NotTrainedError: If the script never made an adapter that could be exchanged, or the layers
+            of one never had a timestep.
     """
-    made: list[str] = []
-    with _exchanged(made, text_encoders, options), _as_main(script, arguments):
+    for function, argument in (timestep_from or {}).items():
+        decorated(argument, function=function)
+    made: list[_Exchanged] = []
+    with _exchanged(made, text_encoders, options), _as_main(script, arguments), _reported_files():
         runpy.run_path(str(script), run_name="__main__")
     if not made:
-        raise NoAdapterError(
+        raise NotTrainedError(
             f"{script} made no LoRA adapter for a denoiser, so nothing was trained with T-LoRA. "
             "The script must build a peft.LoraConfig and add it to a model that takes a timestep."
         )
+    for adapter, model, states in made:
+        if states and not any(state.was_set for state in states):
+            raise NotTrainedError(
+                f"Adapter {adapter!r} of {model} never had a timestep, so whatever was trained had "
+                "all ranks: the script runs the model's blocks without its forward, or passes the "
+                "time in its own way. Say where with --timestep-from module:function:argument, "
+                "docs/hosts.md has examples."
+            )
     return len(made)
 
 
 @contextmanager
-def _exchanged(made: list[str], text_encoders: bool, options: dict[str, Any]) -> Iterator[None]:
+def _reported_files() -> Iterator[None]:
+    """Say which files with a T-LoRA adapter are written, and whether they are whole."""
+
+    def report(path: str, whole: bool) -> None:
+        kind = "the whole adapter" if whole else "the trained tensors alone, see the warning"
+        _say(f"{path} holds {kind}")
+
+    saving.listeners.append(report)
+    try:
+        yield
+    finally:
+        saving.listeners.remove(report)
+
+
+@contextmanager
+def _exchanged(
+    made: list[_Exchanged], text_encoders: bool, options: dict[str, Any]
+) -> Iterator[None]:
     """Let PEFT make T-LoRA's tuner where LoRA's is asked for a new adapter."""
 
     class Exchange(LoraModel):
@@ -72,7 +114,9 @@ def _exchanged(made: list[str], text_encoders: bool, options: dict[str, Any]) ->
                 return LoraModel(model, config, adapter_name, *args, **kwargs)
             new = convert(one, **options)
             tuner = TLoraModel(model, {adapter_name: new}, adapter_name, *args, **kwargs)
-            made.append(adapter_name)
+            states = [] if new.rank_schedule == "constant" else states_of(model)
+            states = [state for state in states if state.denoiser is not None]
+            made.append(_Exchanged(adapter_name, type(model).__name__, states))
             _report(model, adapter_name, new)
             return tuner
 
@@ -101,13 +145,15 @@ def _is_denoiser(model: nn.Module) -> bool:
 
 def _report(model: nn.Module, adapter_name: str, config: TLoraConfig) -> None:
     layers = sum(1 for module in model.modules() if isinstance(module, TimestepLayer))
-    print(
-        f"peft_tlora: adapter '{adapter_name}' of {type(model).__name__} is T-LoRA in {layers} "
+    _say(
+        f"adapter '{adapter_name}' of {type(model).__name__} is T-LoRA in {layers} "
         f"layers (r={config.r}, min_rank={config.min_rank}, {config.rank_schedule} schedule, "
-        f"ortho_init={config.ortho_init})",
-        file=sys.stderr,
-        flush=True,
+        f"ortho_init={config.ortho_init})"
     )
+
+
+def _say(message: str) -> None:
+    print(f"peft_tlora: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -86,9 +86,8 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and its variant, which PEFT before 0.20 leaves to the next adapter."""
+        """Delete an adapter, and what its start was made of."""
         super().delete_adapter(adapter_name)
-        self.lora_variant.pop(adapter_name, None)
         self.recipes.pop(adapter_name, None)
 
     @property

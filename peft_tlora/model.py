@@ -212,11 +212,3 @@ class TLoraModel(LoraModel):
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(_NO_CONVERSION)
-
-    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse, where PEFT before 0.21 gets to.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(_NO_CONVERSION)

@@ -191,10 +191,10 @@ class ActiveRanks:
         )
         if self.layout == "repacked":
             return self._one_for_all(timestep, rank, refusal)
-        sequence_first = self.layout == "sequence_first" and tokens is not None
+        sequence_first = self.layout == "sequence_first" and channel > 1
         if rank.dim() == 2 and rank.numel() != count:
             rank = self._of_tokens(rank, timestep.shard, count if sequence_first else tokens)
-        if sequence_first:
+        if sequence_first and tokens is not None:
             aligned = align_ranks(rank, tokens, count)
             if aligned is not None and aligned.dim() > 0:
                 aligned = aligned.reshape(tokens, -1).T

@@ -1,5 +1,4 @@
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -7,9 +6,6 @@ import torch
 from torch import nn
 
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
-
-# what the installed PEFT doesn't have yet
-collect_ignore = [] if find_spec("peft.tuners.lora.conversion") else ["test_conversion.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,8 @@
 
 import copy
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -69,11 +67,7 @@ def test_cat_is_the_exact_sum_at_every_timestep(base, ortho):
     assert (combined.r, combined.rank_multiple) == (8 * columns, 2 * columns)
 
 
-# PEFT 0.18 takes the square root of the weight's absolute value, and loses its sign
-WEIGHTS = [0.7, -1.3] if Version(peft.__version__) >= Version("0.19") else [0.7]
-
-
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", [0.7, -1.3])
 def test_one_adapter_is_scaled_at_every_timestep(weight):
     peft_model = model()
     peft_model.add_weighted_adapter(["one"], [weight], "scaled")

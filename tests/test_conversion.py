@@ -1,4 +1,4 @@
-"""PEFT's conversion to plain LoRA; from PEFT 0.19 on, see conftest.py."""
+"""PEFT's conversion to plain LoRA."""
 
 from contextlib import nullcontext
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -227,3 +228,165 @@ def test_a_known_denoiser_inside_a_training_wrapper_is_the_one_that_is_read(argu
     model = adapted(tiny)
     assert set(active_ranks(model, tiny, torch.full((B,), 1000.0)).values()) - {0} == {1}
     assert set(active_ranks(model, tiny, torch.zeros(B)).values()) - {0} == {4}
+
+
+def of_library(cls, library):
+    """The class as if another package had defined it."""
+    cls.__module__ = f"{library}.models"
+    return cls
+
+
+def test_an_entry_holds_only_for_a_class_with_its_argument():
+    """VideoX-Fun's class has the name of diffusers' and another argument."""
+
+    class WanTransformer3DModel(TinyDenoiser):
+        def forward(self, x, ts):
+            return super().forward(x, ts)
+
+    assert describe(of_library(WanTransformer3DModel, "trainer")()) == Denoiser(argument="ts")
+
+    class FluxTransformer2DModel(TinyDenoiser):
+        def forward(self, x, timestep):
+            return super().forward(x, timestep)
+
+    assert describe(FluxTransformer2DModel()).num_train_timesteps == 1.0  # as in diffusers
+
+
+def test_an_entry_may_be_of_one_library_alone(monkeypatch):
+    def cls():
+        class Net(nn.Module):
+            def forward(self, x, t):
+                return x
+
+        return Net
+
+    monkeypatch.setitem(DENOISERS, "one:Net", Denoiser(argument="t", num_train_timesteps=1.0))
+    assert describe(of_library(cls(), "one")()).num_train_timesteps == 1.0
+    assert describe(of_library(cls(), "other")()).num_train_timesteps == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("video.sigma", lambda t: SimpleNamespace(sigma=t)),
+        ("video['sigma']", lambda t: {"sigma": t}),
+        ("video[1]", lambda t: [t * 0, t]),
+        ("video[0].sigma", lambda t: (SimpleNamespace(sigma=t),)),
+    ],
+)
+def test_the_time_may_lie_inside_an_argument(monkeypatch, path, value):
+    class Inside(TinyDenoiser):
+        def forward(self, x, video):
+            return super().forward(x, torch.ones(B))
+
+    monkeypatch.setitem(DENOISERS, "Inside", Denoiser(path, 1.0))
+    tiny = Tiny(Inside, lambda batch: {"x": torch.randn(batch, 3, 8)}, layers="to_q")
+    model = adapted(tiny)
+    x = torch.randn(2, 3, 8)
+    seen = ActiveRanksOf(model)
+    for t, rank in ((1.0, 1), (0.0, 4)):
+        model(x, video=value(torch.full((2,), t)))
+        model(x, value(torch.full((2,), t)))
+        assert seen.take() == [[rank] * 2] * 2
+    with pytest.warns(UserWarning, match="ran without a timestep"):
+        model(x, video=None)
+
+
+class ActiveRanksOf:
+    """The active ranks of each call of the layer to_q."""
+
+    def __init__(self, model):
+        self.ranks = []
+        layer = next(m for n, m in model.named_modules() if n.endswith("to_q"))
+        layer.register_forward_hook(self.see)
+
+    def see(self, layer, args, output):
+        (variant,) = layer.lora_variant.values()
+        timestep = layer.timestep_state.current()
+        if timestep is not None:
+            self.ranks.append(timestep.active_rank(variant.ranks.schedule).tolist())
+
+    def take(self):
+        taken, self.ranks = self.ranks, []
+        return taken
+
+
+class Unknown(nn.Module):
+    """A class that nobody knows, of any library."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Linear(8, 8)
+
+    def forward(self, x, timesteps):
+        return self.to_q(x)
+
+
+def unknown(**kwargs):
+    config = TLoraConfig(r=4, min_rank=1, target_modules=["to_q"], **kwargs)
+    model = inject_adapter_in_model(config, Unknown())
+    perturb(model)
+    return model
+
+
+def test_what_is_assumed_of_an_unknown_class_is_said_at_its_first_use():
+    model, x = unknown(), torch.randn(2, 3, 8)
+    words = r"doesn't know Unknown.*`timesteps` to count from 0 \(clean\) to 1000 \(pure noise\)"
+    with pytest.warns(UserWarning, match=words) as caught:
+        model(x, torch.tensor([700, 300]))
+    assert len(caught) == 1
+    model(x, torch.tensor(500))  # and no second time: any warning is an error here
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_train_timesteps": 1000}, {"timestep_reversed": False}, {"timestep_type": "linear"}],
+)
+def test_a_config_that_says_how_timesteps_count_is_believed(given):
+    unknown(**given)(torch.randn(2, 3, 8), torch.tensor([700, 300]))
+
+
+TINY = Tiny(TinyDenoiser, lambda batch: {"x": torch.randn(batch, 3, 8)}, layers="to_q")
+
+
+@pytest.mark.parametrize("t", [0.5, torch.tensor([0.9, 0.3]), torch.tensor(0.01)])
+def test_fractions_in_the_place_of_0_to_1000_warn(t):
+    model, x = adapted(TINY), torch.randn(2, 3, 8)
+    with pytest.warns(UserWarning, match="0 to 1000, but all so far lie between 0 and 1"):
+        model(x, t)
+    model(x, t)
+
+
+def test_a_last_step_below_1_is_no_surprise():
+    model, x = adapted(TINY), torch.randn(2, 3, 8)
+    for t in (999.0, 500.3, 0.7, 0.3, 0.2, 0.1, 0.05, 0.01):
+        model(x, torch.tensor(t))
+    other = adapted(TINY)
+    for t in (0, 1, torch.tensor([0, 1]), torch.tensor([0.5, 700.0])):  # whole, or not all
+        other(x, t)
+
+
+def test_layers_of_a_text_encoder_inside_a_model_have_no_time_to_miss():
+    class NoTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.to_q(x)
+
+    class TextEncoder(NoTime):
+        pass
+
+    class Pipeline(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    config = TLoraConfig(r=4, min_rank=1, target_modules=["to_q"])
+    inject_adapter_in_model(config, Pipeline(TextEncoder()))(torch.randn(2, 8))
+    with pytest.warns(UserWarning, match="layer of Pipeline ran without a timestep"):
+        inject_adapter_in_model(config, Pipeline(NoTime()))(torch.randn(2, 8))

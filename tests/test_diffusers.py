@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft_tlora import TLoraConfig
 from peft_tlora.integrations import diffusers as integration
 
+from . import foreign
 from .conftest import perturb, tiny_unet
 from .tiny.pipelines import text_encoder
 
@@ -143,3 +144,54 @@ def test_an_unknown_diffusers_warns_and_is_left_alone(monkeypatch):
             integration.install()
         assert peft_utils._create_lora_config is other
     integration.install()
+
+
+def kohya(**extra):
+    """Plain LoRA as sd-scripts names it, for the unet of the pipeline."""
+    tensors = {}
+    for name, module in tiny_unet().named_modules():
+        if name.endswith(("to_q", "to_v")):
+            key = f"lora_unet_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = torch.randn(4, module.in_features)
+            tensors[f"{key}.lora_up.weight"] = torch.randn(module.out_features, 4)
+            tensors[f"{key}.alpha"] = torch.tensor(4.0)
+    return tensors | extra
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"ss_network_module": "networks.tlora"},
+        {"ss_tlora_min_rank": "1"},
+        {"tlora_min_rank": "1"},
+        {"ss_network_args": '{"algo": "tlora"}'},
+        {"algo": "T-LoRA"},
+    ],
+)
+def test_another_programs_t_lora_is_refused_with_the_command_that_converts_it(tmp_path, metadata):
+    """Its tensors are those of plain LoRA, and diffusers would load them as such."""
+    path = foreign.save(tmp_path / "its.safetensors", kohya(), metadata)
+    words = f"as another program writes it.*peft-tlora convert {path} NEW --to diffusers"
+    pipeline = Pipeline()
+    with pytest.raises(ValueError, match=words):
+        pipeline.load_lora_weights(str(path))
+    with pytest.raises(ValueError, match=words):
+        pipeline.load_lora_weights(str(tmp_path), weight_name="its.safetensors")
+    assert not getattr(pipeline.unet, "peft_config", None)
+
+
+def test_names_of_another_programs_t_lora_tell_it_without_metadata():
+    ortho = {"lora_unet_mid_block_attentions_0_proj_in.q_layer.weight": torch.zeros(4, 16)}
+    with pytest.raises(ValueError, match="peft-tlora convert FILE NEW"):
+        Pipeline().load_lora_weights(kohya(**ortho))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"ss_network_module": "networks.lora", "ss_output_name": "a t-lora toy"}, {"title": "tlora"}],
+)
+def test_plain_lora_that_speaks_of_t_lora_stays_plain(tmp_path, metadata):
+    path = foreign.save(tmp_path / "its.safetensors", kohya(), metadata)
+    pipeline = Pipeline()
+    pipeline.load_lora_weights(str(path))
+    assert type(pipeline.unet.peft_config["default_0"]) is LoraConfig

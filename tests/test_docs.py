@@ -76,6 +76,7 @@ def test_every_known_denoiser_is_documented_as_it_is():
     assert documented.keys() == known.keys()
     default = SimpleNamespace(config=SimpleNamespace())
     for name, entry in known.items():
+        assert entry is not None
         denoiser = entry if isinstance(entry, Denoiser) else entry(default)
         ends = ["0", f"{denoiser.num_train_timesteps:g}"]
         if not denoiser.timestep_reversed:

@@ -300,9 +300,7 @@ def test_a_convolution_without_an_active_rank_is_its_base():
         def forward(self, x, timestep):
             return self.layers(x)
 
-    config = TLoraConfig(
-        r=4, min_rank=0, target_modules=["layers.0"], num_train_timesteps=1000
-    )
+    config = TLoraConfig(r=4, min_rank=0, target_modules=["layers.0"], num_train_timesteps=1000)
     adapted = inject_adapter_in_model(config, Denoiser())
     perturb(adapted)
     for timestep in (1000, torch.tensor(1000), torch.tensor([1000, 1000])):

@@ -24,6 +24,7 @@ text = CLIPTextModel(CLIPTextConfig(
     num_attention_heads=2, max_position_embeddings=8,
 ))
 {add}
+unet(torch.randn(1, 4, 8, 8), 500, torch.randn(1, 3, 16))
 print("unet", type(unet.peft_config["default"]).__name__, unet.peft_config["default"].r)
 print("text", type(text.peft_config["default"]).__name__)
 print("min_rank", getattr(unet.peft_config["default"], "min_rank", None))
@@ -89,3 +90,72 @@ def test_a_bad_option_shows_before_the_script_runs(tmp_path):
     assert "begun" not in done.stdout
     assert "error: schedule_exponent must be a finite number above 0" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+HOST = """
+def run_blocks(unet, x, sigma):
+    return unet.blocks(x)
+"""
+OWN_BLOCKS = """
+import torch, warnings
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from myhost import run_blocks
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Linear(8, 8)
+    def forward(self, x, timestep):
+        raise AssertionError
+
+warnings.simplefilter("ignore")
+net = inject_adapter_in_model(LoraConfig(r=4, target_modules=["blocks"]), Net())
+for p in net.parameters():
+    p.data += 0.1
+run_blocks(net, torch.ones(2, 8), 1.0).sum().backward()
+(lam,) = [p.grad for n, p in net.named_parameters() if "lora_lambda" in n]
+print("rank", int((lam != 0).sum()))
+"""
+SAVING = """
+import torch
+from safetensors.torch import save_file
+save_file({n: p.detach() for n, p in net.named_parameters() if "lora" in n}, "out.safetensors")
+"""
+
+
+def test_an_adapter_that_never_saw_a_timestep_ends_with_1_and_the_remedy(tmp_path):
+    (tmp_path / "myhost.py").write_text(HOST)
+    done = launch(tmp_path, OWN_BLOCKS, "--min-rank", "1")
+    assert "rank 4" in done.stdout, done.stderr
+    assert done.returncode == 1
+    assert "Adapter 'default' of Net never had a timestep" in done.stderr
+    assert "--timestep-from module:function:argument" in done.stderr
+    constant = launch(tmp_path, OWN_BLOCKS, "--rank-schedule", "constant")
+    assert constant.returncode == 0, constant.stderr
+
+
+def test_a_function_of_the_script_may_have_the_timestep(tmp_path):
+    (tmp_path / "myhost.py").write_text(HOST)
+    options = ["--min-rank", "1", "--num-train-timesteps", "1"]
+    place = ["--timestep-from", "myhost:run_blocks:sigma"]
+    done = launch(tmp_path, OWN_BLOCKS, *options, *place)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1" in done.stdout
+    done = launch(tmp_path, OWN_BLOCKS, "--timestep-from", "myhost:run_blocks")
+    assert done.returncode == 2
+    assert "is not of three parts" in done.stderr
+
+
+def test_files_are_named_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "myhost.py").write_text(HOST)
+    place = ["--num-train-timesteps", "1", "--timestep-from", "myhost:run_blocks:sigma"]
+    done = launch(tmp_path, OWN_BLOCKS + SAVING, *place)
+    assert done.returncode == 0, done.stderr
+    assert "peft_tlora: out.safetensors holds the trained tensors alone" in done.stderr
+    whole = "from peft import get_peft_model_state_dict as whole\n" + SAVING.replace(
+        "net.named_parameters()", "whole(net).items()"
+    )
+    done = launch(tmp_path, OWN_BLOCKS + whole, *place)
+    assert "peft_tlora: out.safetensors holds the whole adapter" in done.stderr

@@ -4,10 +4,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
 
 from peft_tlora import TLoraConfig, timestep_context
@@ -31,14 +29,13 @@ BACKENDS = {
     "awq": ("gptqmodel", "AwqLoraLinear"),
     "inc": ("neural_compressor", "IncLoraLinear"),
 }
-# with the version of PEFT from which on they stand for what its layer looks at
 STAND_INS = {
-    "gptq": ("0.20", "GPTQLoraLinear"),
-    "awq": ("0.20", "AwqLoraLinear"),
-    "aqlm": ("0.18", "AqlmLoraLinear"),
-    "eetq": ("0.18", "EetqLoraLinear"),
-    "inc": ("0.19", "IncLoraLinear"),
-    "te": ("0.19", "TeLinear"),
+    "gptq": "GPTQLoraLinear",
+    "awq": "AwqLoraLinear",
+    "aqlm": "AqlmLoraLinear",
+    "eetq": "EetqLoraLinear",
+    "inc": "IncLoraLinear",
+    "te": "TeLinear",
 }
 # how far rounding to the backend's grid may put a merged model from the unmerged one
 MERGEABLE = {"bnb_8bit": 0.05, "bnb_4bit": 0.6, "hqq": 0.5, "torchao_int8_mergeable": 0.05}
@@ -50,11 +47,7 @@ def installed(package):
 
 
 REAL = [name for name, (package, _) in BACKENDS.items() if installed(package)]
-CASES = [f"make_{name}" for name in REAL] + [
-    f"stand_in_{name}"
-    for name, (first, _) in STAND_INS.items()
-    if Version(peft.__version__) >= Version(first)
-]
+CASES = [f"make_{name}" for name in REAL] + [f"stand_in_{name}" for name in STAND_INS]
 
 
 @pytest.fixture(params=CASES)
@@ -64,7 +57,7 @@ def case(request, monkeypatch):
     if kind == "make":
         return name, getattr(quantized, request.param), BACKENDS[name][1]
     name = name.removeprefix("in_")
-    return name, lambda: getattr(quantized, request.param)(monkeypatch), STAND_INS[name][1]
+    return name, lambda: getattr(quantized, request.param)(monkeypatch), STAND_INS[name]
 
 
 def adapted(make, **fields):

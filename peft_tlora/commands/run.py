@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ..config import TLoraConfig
-from ..launcher import NoAdapterError, run_script
+from ..launcher import NotTrainedError, run_script
 from ..orthogonal import ORTHO_INITS, ORTHO_SOURCES
 from .options import add_direction, add_schedule
 
@@ -28,6 +28,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_direction(parser)
     option("--init-seed", type=int)
     option("--text-encoders", action="store_true", help="models without a timestep, too")
+    option(
+        "--timestep-from",
+        action="append",
+        type=_function,
+        metavar="MODULE:FUNCTION:ARGUMENT",
+        help="a function of a module that the script imports, and its argument that is the "
+        "timestep, where the script runs a model's blocks itself",
+    )
     option("script", help="path of the script")
     option("arguments", nargs=argparse.REMAINDER, help="its own arguments, untouched")
 
@@ -37,6 +45,7 @@ def call(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     args = vars(arguments)
     script, rest = args.pop("script"), args.pop("arguments")
     text_encoders = args.pop("text_encoders", False)
+    functions = dict(args.pop("timestep_from", ()))
     if not Path(script).is_file():
         parser.error(f"no such script: {script}")
     try:
@@ -44,11 +53,21 @@ def call(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
-        run_script(script, rest, text_encoders=text_encoders, **args)
-    except NoAdapterError as error:
+        run_script(script, rest, text_encoders=text_encoders, timestep_from=functions, **args)
+    except NotTrainedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _function(text: str) -> tuple[str, str]:
+    """The function as "module:function", and the argument."""
+    function, _, argument = text.rpartition(":")
+    if not argument or not all(function.partition(":")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of three parts, as in trainer.pipeline:model_forward:timestep"
+        )
+    return function, argument
 
 
 def _optional(text: str) -> str | None:

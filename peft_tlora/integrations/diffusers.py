@@ -8,6 +8,8 @@ everything else goes to the originals. `peft_tlora.load_tlora_weights` does with
 
 import functools
 import inspect
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +23,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
-from ..checkpoint import SCHEDULE, config_from_state_dict, is_half, is_tlora
+from ..checkpoint import SCHEDULE, config_from_state_dict, is_foreign, is_half, is_tlora
 from ..config import TLoraConfig
 from ..formats.adapter import check_fit
 from ..formats.families import component_of
@@ -105,7 +107,15 @@ def _recognising(original: Callable[..., Any]) -> Callable[..., Any]:
 def _renaming(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def fetch(*args: Any, **kwargs: Any) -> Any:
-        state_dict, *rest = original(*args, **kwargs)
+        wanted = kwargs.pop("return_file_metadata", False)
+        state_dict, metadata, of_file = original(*args, return_file_metadata=True, **kwargs)
+        if is_foreign(state_dict, of_file or {}):
+            raise ValueError(
+                "The file is T-LoRA as another program writes it, which diffusers would load as "
+                "plain LoRA or not at all. Convert it first: "
+                f"`peft-tlora convert {_named(args, kwargs)} NEW --to diffusers`."
+            )
+        rest = (metadata, of_file) if wanted else (metadata,)
         if not is_tlora(state_dict) and not is_half(state_dict):
             return state_dict, *rest
         # diffusers asks the first name only whether there is anything to convert
@@ -117,6 +127,14 @@ def _renaming(original: Callable[..., Any]) -> Callable[..., Any]:
         return state_dict, *rest
 
     return fetch
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    source = args[0] if args else kwargs.get("pretrained_model_name_or_path_or_dict")
+    if not isinstance(source, (str, os.PathLike)):
+        return "FILE"
+    name = args[1] if len(args) > 1 else kwargs.get("weight_name")
+    return shlex.quote(os.path.join(source, name) if name else str(source))
 
 
 def _moving_all(original: Callable[..., None]) -> Callable[..., None]:

@@ -139,7 +139,7 @@ def _stage(
     total, is_reversed = unit
 
     @functools.wraps(forward)
-    def stage(inputs: tuple) -> tuple:
+    def stage(inputs: Any) -> tuple:
         if place is None:
             *inputs, bits = inputs
             timestep = bits.view(torch.float32)

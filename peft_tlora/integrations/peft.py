@@ -1,9 +1,7 @@
-"""The contact with PEFT: its registry, its versions, and what its older versions lack."""
+"""The contact with PEFT: its registry, its versions, and an optimizer that can't take T-LoRA."""
 
 import functools
-import sys
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -15,15 +13,9 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.optimizers.lorafa import LoraFAOptimizer
-from peft.tuners.lora import LoraModel
-from peft.utils import save_and_load
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
-from torch import Tensor
 
-from ..config import TLoraConfig
-from ..timestep.state import TimestepLayer
-
-_TESTED = ("0.18.1", "0.22")  # from, and below
+_TESTED = ("0.21", "0.22")  # from, and below
 _NAME = "TLORA"
 # besides what LoRA's adapters must share: a hotswap exchanges tensors, not the layers' schedules
 _EQUAL_FOR_HOTSWAP = [
@@ -40,14 +32,12 @@ _EQUAL_FOR_HOTSWAP = [
     "save_initial_factors",
     "init_seed",  # files without frozen factors exchange the trained ones only
 ]
-_FUNCTION = "get_peft_model_state_dict"
 _REFUSES = "_refuses_tlora"
 
 
 def install(config_cls: type, model_cls: type) -> None:
     """Make PEFT know T-LoRA, and warn of a version that nobody has tested."""
     register(config_cls, model_cls)
-    _let_old_versions_save()
     _refuse_lorafa()
     first, end = map(Version, _TESTED)
     if not first <= Version(peft.__version__) < end:
@@ -85,21 +75,6 @@ def _add_member(name: str) -> None:
     PeftType._value2member_map_[name] = member
 
 
-def _let_old_versions_save() -> None:
-    """Let PEFT before 0.21 find all weights of a T-LoRA adapter, and no others, once.
-
-    For a type that it doesn't know it leaves the biases out and, up to 0.19, takes the weights of
-    the model's other adapters, too.
-    """
-    original = getattr(save_and_load, _FUNCTION)
-    if hasattr(LoraModel, "_get_adapter_state_dict") or hasattr(original, "__wrapped__"):
-        return
-    wrapped = _wrap(original)
-    for module in list(sys.modules.values()):  # each that imported the function by its name
-        if getattr(module, "__dict__", {}).get(_FUNCTION) is original:
-            setattr(module, _FUNCTION, wrapped)
-
-
 def _refuse_lorafa() -> None:
     """Let PEFT's LoRA-FA optimizer refuse T-LoRA, where it would take lora_lambda for a lora_A."""
     original = LoraFAOptimizer.step
@@ -119,39 +94,3 @@ def _refuse_lorafa() -> None:
 
     setattr(step, _REFUSES, True)
     LoraFAOptimizer.step = step
-
-
-def _wrap(original: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    @functools.wraps(original)
-    def get_state_dict(
-        model: Any,
-        state_dict: dict[str, Tensor] | None = None,
-        adapter_name: str = "default",
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        config = model.peft_config[adapter_name]
-        if not isinstance(config, TLoraConfig):
-            return original(model, state_dict, adapter_name, *args, **kwargs)
-        everything = model.state_dict() if state_dict is None else state_dict
-        others = [f".{name}." for name in model.peft_config if name != adapter_name]
-        own = {
-            key: tensor
-            for key, tensor in everything.items()
-            if not any(other in f"{key}." for other in others)
-        }
-        found = original(model, own, adapter_name, *args, **kwargs)
-        return found | {key: own[key] for key in _biases(model, config.bias, own)}
-
-    return get_state_dict
-
-
-def _biases(model: Any, bias: str, state_dict: dict[str, Tensor]) -> Iterator[str]:
-    """Names of the biases that an adapter trains."""
-    if bias == "all":
-        yield from (key for key in state_dict if f".{key}".endswith(".bias"))
-    elif bias == "lora_only":
-        for name, module in model.named_modules():
-            key = f"{name}.base_layer.bias"
-            if isinstance(module, TimestepLayer) and key in state_dict:
-                yield key

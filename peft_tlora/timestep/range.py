@@ -17,6 +17,7 @@ class TimestepRange:
         self.denoiser = denoiser
         self._seen_linear: Tensor | None = None
         self._seen_outside: Tensor | None = None
+        self._only_fractions: Tensor | bool = True  # False for good, once it has been read
         self._checks = 0
         self._complained = False
 
@@ -43,10 +44,29 @@ class TimestepRange:
         told = is_log_sigma if schedule.timestep_type is None else None
         outside = ~torch.as_tensor(schedule.allows(value)).all()
         self._seen_outside = _either(_either(outside, told), self._seen_outside)
+        if schedule.timestep_type != "linear" or schedule.num_train_timesteps <= 2:
+            self._only_fractions = False
+        elif self._only_fractions is not False:
+            t = torch.as_tensor(value)
+            fractions = ((t > 0) & (t < 1)).all()
+            previous = self._only_fractions
+            self._only_fractions = (
+                fractions if previous is True else fractions & previous.to(t.device)
+            )
         self._checks += 1
-        if self._checks & (self._checks - 1) != 0 or not self._seen_outside:
+        if self._checks & (self._checks - 1) != 0:
+            return None
+        self._only_fractions = bool(self._only_fractions)
+        if not self._seen_outside and not self._only_fractions:
             return None
         self._complained = True
+        if self._only_fractions:
+            return (
+                f"The timesteps of {self.denoiser} are taken to count from 0 to "
+                f"{schedule.num_train_timesteps:g}, but all so far lie between 0 and 1 (now: "
+                f"{value}). If that is how they count, set num_train_timesteps=1 in the config, "
+                "and timestep_reversed=True if 0 is pure noise: the mask is wrong without."
+            )
         if told is not None and told:
             return (
                 f"The timesteps of {self.denoiser} look like 0.25 ln(sigma), as EDM's schedulers "

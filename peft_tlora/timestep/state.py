@@ -164,8 +164,9 @@ class TimestepState:
 
     def active_rank(self, timestep: CapturedTimestep, schedule: RankSchedule) -> int | Tensor:
         """Active ranks at a timestep; warns once of values that the schedule doesn't expect."""
+        self.was_set = True
         if not timestep.checked and not is_traced():
-            timestep.checked = self.was_set = True
+            timestep.checked = True
             if timestep.unit is None:
                 self._check(timestep, schedule)
         return timestep.active_rank(schedule)
