@@ -252,6 +252,21 @@ def test_an_entry_holds_only_for_a_class_with_its_argument():
     assert describe(FluxTransformer2DModel()).num_train_timesteps == 1.0  # as in diffusers
 
 
+def test_an_entry_holds_for_a_class_whose_decorated_forward_hides_its_arguments(monkeypatch):
+    def hidden(forward):
+        def wrapper(self, *args, **kwargs):
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    class Hidden(TinyDenoiser):
+        forward = hidden(TinyDenoiser.forward)
+
+    monkeypatch.setitem(DENOISERS, "Hidden", Denoiser("timestep", 1.0))
+    tiny = Tiny(Hidden, lambda batch: {"x": torch.randn(batch, 3, 8)}, layers="to_q")
+    assert set(active_ranks(adapted(tiny), tiny, torch.ones(B)).values()) == {1}
+
+
 def test_an_entry_may_be_of_one_library_alone(monkeypatch):
     def cls():
         class Net(nn.Module):
@@ -329,6 +344,14 @@ def unknown(**kwargs):
     return model
 
 
+def test_what_is_assumed_is_said_of_a_context_in_the_denoisers_unit_too():
+    model = unknown()
+    with timestep_context(model, 0.5, num_train_timesteps=1.0):
+        model(torch.randn(2, 3, 8), None)
+    with timestep_context(model, 500), pytest.warns(UserWarning, match="doesn't know Unknown"):
+        model(torch.randn(2, 3, 8), None)
+
+
 def test_what_is_assumed_of_an_unknown_class_is_said_at_its_first_use():
     model, x = unknown(), torch.randn(2, 3, 8)
     words = r"doesn't know Unknown.*`timesteps` to count from 0 \(clean\) to 1000 \(pure noise\)"
@@ -364,6 +387,27 @@ def test_a_last_step_below_1_is_no_surprise():
     other = adapted(TINY)
     for t in (0, 1, torch.tensor([0, 1]), torch.tensor([0.5, 700.0])):  # whole, or not all
         other(x, t)
+
+
+def test_a_part_that_hosts_run_by_itself_has_all_ranks_everywhere(monkeypatch):
+    class Music(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lyric_encoder = nn.Sequential(nn.Linear(8, 8))
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x, timestep):
+            return self.to_q(x + self.lyric_encoder(x))
+
+    monkeypatch.setitem(DENOISERS, "Music", Denoiser(timeless=("lyric_encoder",)))
+    tiny = Tiny(Music, lambda batch: {"x": torch.randn(batch, 8)})
+    model = adapted(tiny)
+    ranks = active_ranks(model, tiny, torch.full((B,), 1000.0))
+    assert {name.partition(".lora")[0]: rank for name, rank in ranks.items()} == {
+        "lyric_encoder.0": 4,
+        "to_q": 1,
+    }
+    model.lyric_encoder(torch.randn(B, 8))  # any warning is an error here
 
 
 def test_layers_of_a_text_encoder_inside_a_model_have_no_time_to_miss():

@@ -225,6 +225,14 @@ def half_file(tmp_path):
 
 def test_a_loader_that_knows_a_and_b_alone_refuses_t_lora(package, tmp_path):
     package(
+        "videox_fun.utils.lora_utils",
+        """
+        def merge_lora(pipeline, lora_path, multiplier):
+            return "fused"
+        """,
+    )
+    merge = importlib.import_module("videox_fun.utils.lora_utils").merge_lora
+    package(
         "diffsynth.utils.lora.general",
         """
         class GeneralLoRALoader:
@@ -246,6 +254,11 @@ def test_a_loader_that_knows_a_and_b_alone_refuses_t_lora(package, tmp_path):
     assert loader.fuse_lora_to_base_model(None, plain) == "fused"
     with pytest.raises(ValueError, match=r"knows plain LoRA only.*--to lora"):
         loader.fuse_lora_to_base_model(None, state_dict=tensors)
+
+    with pytest.raises(ValueError, match="knows plain LoRA only"):
+        merge(None, str(tmp_path / "half.safetensors"), 1.0)
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert merge(None, str(tmp_path / "plain.safetensors"), 1.0) == "fused"
 
     class StateDict:
         def __init__(self, sd):

@@ -78,6 +78,16 @@ def get_adapted():
     return model
 
 
+def test_tensors_under_the_names_of_another_format_are_named_as_such(tmp_path):
+    """As VideoX-Fun writes a file for ComfyUI beside its own."""
+    tensors = {
+        f"lora_unet__{name.replace('.lora_A.', '.lora_down.').replace('.', '_')}": tensor
+        for name, tensor in get_peft_model_state_dict(get_adapted()).items()
+    }
+    with pytest.warns(UserWarning, match="another format's names.*--to kohya"):
+        save_file(tensors, tmp_path / "comfyui.safetensors")
+
+
 def test_two_adapters_leave_the_config_to_the_user(tmp_path):
     trained_unet()
     message = save_half(get_adapted(), tmp_path / "mine.safetensors")

@@ -7,11 +7,13 @@ module is imported, before or after `import peft_tlora`. Entries of classes are 
 import ast
 import functools
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..timestep.denoisers import GENERIC_ARGUMENTS
@@ -21,6 +23,12 @@ from .imports import wrap_function
 
 # functions that run a denoiser's blocks: "module:function" -> arguments of `timestep_from`
 FUNCTIONS: dict[str, dict[str, Any]] = {
+    # generation, where training calls the model
+    "acestep.models.ace_step_transformer:ACEStepTransformer2DModel.decode": {
+        "argument": "timestep",
+        "model": "self",
+    },
+    "OmniGen.model:OmniGen.forward": {"argument": "timestep", "model": "self"},
     "diffsynth.pipelines.*:model_fn_*": {"argument": "timestep", "num_train_timesteps": 1000.0},
     # the timesteps of text, picture and conditions (0); the picture is what is denoised
     "omini.pipeline.flux_omini:transformer_forward": {
@@ -33,6 +41,7 @@ PLAIN_LOADERS = (
     "diffsynth.utils.lora.*:*Loader.convert_state_dict",
     "diffsynth.utils.lora.*:*Loader.fuse_lora_to_base_model",
     "ltx_core.loader.fuse_loras:apply_loras",
+    "videox_fun.utils.lora_utils:merge_lora",
 )
 # diffusion-pipe cuts a denoiser into layers that hand a tuple on, whose first has the timestep;
 # by the module of the model, as most count from 0 to 1
@@ -87,9 +96,14 @@ def _refusing(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _has_lambda(value: Any, depth: int = 4) -> bool:
-    """Whether there is a T-LoRA's trained tensor in a state dict, or in what wraps one."""
+    """Whether there is a T-LoRA's trained tensor in a state dict, a file, or what wraps either."""
     if isinstance(value, Mapping):
-        return any(".lora_lambda" in str(key) for key in value)
+        return any("lora_lambda" in str(key) for key in value)
+    if isinstance(value, (str, os.PathLike)) and str(value).endswith(".safetensors"):
+        if not os.path.isfile(value):
+            return False
+        with safe_open(value, framework="pt") as file:
+            return _has_lambda(dict.fromkeys(file.keys()))
     if depth == 0 or isinstance(value, (str, bytes, Tensor, nn.Module)):
         return False
     if isinstance(value, Sequence):

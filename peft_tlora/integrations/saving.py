@@ -19,6 +19,19 @@ _configs: set[str] = set()  # of the adapters of this process, as JSON
 # what else is to hear of a file: its name and whether it is whole
 listeners: list[Callable[[str, bool], None]] = []
 
+_HALF = (
+    "{path} holds the trained tensors of a T-LoRA adapter without its schedule, as a host saves "
+    "them that keeps what requires grad. Its own resume into an adapter of the same config is "
+    "right; peft_tlora.load_tlora_weights(model, file, config=...) loads it anywhere. For a whole "
+    "file, or with `--to lora` plain LoRA at one mask:\n"
+    "peft-tlora convert {quoted} NEW --to diffusers --config {config}"
+)
+_RENAMED = (
+    "{path} holds the tensors of a T-LoRA adapter under another format's names, whose programs "
+    "know plain LoRA only and would take the differences for it. Make such a file of the adapter "
+    "as PEFT saves it, at one mask or in bands: peft-tlora convert ADAPTER NEW --to kohya"
+)
+
 
 def install() -> None:
     """Look at the names of the tensors that safetensors writes into a file."""
@@ -43,10 +56,13 @@ def _noted(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_file(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
         result = save(tensors, filename, *args, **kwargs)
         names = tensors if isinstance(tensors, Mapping) else ()
-        if any(".lora_lambda" in name for name in names):
-            whole = any(".lora_schedule" in name for name in names)
+        lambdas = [name for name in names if "lora_lambda" in name]
+        if lambdas:
+            ours = ".lora_lambda." in lambdas[0]
+            whole = ours and any(".lora_schedule." in name for name in names)
             if not whole:
-                warnings.warn(_notice(str(filename)), stacklevel=2)
+                message = _HALF if ours else _RENAMED
+                warnings.warn(_completed(message, str(filename)), stacklevel=2)
             for listener in listeners:
                 listener(str(filename), whole)
         return result
@@ -54,12 +70,6 @@ def _noted(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_file
 
 
-def _notice(path: str) -> str:
+def _completed(message: str, path: str) -> str:
     config = shlex.quote(next(iter(_configs))) if len(_configs) == 1 else "CONFIG.json"
-    return (
-        f"{path} holds the trained tensors of a T-LoRA adapter without its schedule, as a host "
-        "saves them that keeps what requires grad. Its own resume into an adapter of the same "
-        "config is right; peft_tlora.load_tlora_weights(model, file, config=...) loads it "
-        "anywhere. For a whole file, or with `--to lora` plain LoRA at one mask:\n"
-        f"peft-tlora convert {shlex.quote(path)} NEW --to diffusers --config {config}"
-    )
+    return message.format(path=path, quoted=shlex.quote(path), config=config)

@@ -33,6 +33,8 @@ class Denoiser:
         sequence_first: Names of submodules whose inputs are (tokens, batch, features).
         other_tokens: Names of submodules, as a regular expression that a name's parts are searched
             for, whose tokens aren't those that a timestep a token belongs to, but the text's, say.
+        timeless: Names of submodules that a host also runs by themselves, once for all timesteps,
+            such as an encoder of the condition: all ranks of their layers are active.
     """
 
     argument: str | None = "timestep"
@@ -46,6 +48,12 @@ class Denoiser:
         r"(^|\.)(attn2|cross_attn)\.(to_)?[kv](_|\.|$)|add_[qkv]|text|caption|context|prompt|"
         r"encoder|audio|image_(embed|proj)|clip|face|motion"
     )
+
+    timeless: tuple[str, ...] = ()
+
+    def is_timeless(self, layer_name: str) -> bool:
+        """Whether a layer lies in one of its parts without time."""
+        return not set(self.timeless).isdisjoint(layer_name.split("."))
 
     def layout(self, layer_name: str) -> Layout:
         """How the batch lies in the input of a layer."""
@@ -151,6 +159,7 @@ DENOISERS: dict[str, DenoiserEntry | None] = {
     "ZImageControlNetModel": _Z_IMAGE,
     "ZImageTransformer2DModel": _Z_IMAGE,
     # of other libraries
+    "acestep:ACEStepTransformer2DModel": Denoiser(timeless=("lyric_encoder", "speaker_embedder")),
     "diffsynth:Flux2DiT": Denoiser(num_train_timesteps=1.0),
     "ltx_core:LTXModel": Denoiser(argument="video.sigma", num_train_timesteps=1.0),
     "OmniGen:OmniGen": Denoiser(num_train_timesteps=1.0, timestep_reversed=True),
@@ -212,7 +221,7 @@ def _known(module: nn.Module) -> Denoiser | None:
             if entry is not None:
                 entry = entry if isinstance(entry, Denoiser) else entry(module)
                 argument = entry.argument
-                if argument is None or root_of(argument) in forward_arguments(type(module)):
+                if argument is None or _may_take(type(module), root_of(argument)):
                     return entry
     return None
 
@@ -258,6 +267,14 @@ def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
         if not by_position and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return tuple(names)
+
+
+def _may_take(cls: type[nn.Module], argument: str) -> bool:
+    """Whether a class's forward has an argument, as far as its signature tells.
+
+    A decorator that hides it leaves *args and **kwargs alone.
+    """
+    return argument in forward_arguments(cls) or not forward_arguments(cls)
 
 
 def root_of(argument: str) -> str:

@@ -10,6 +10,7 @@ from .denoisers import (
     forward_arguments,
     is_known,
     is_timeless,
+    name_inside,
     root_of,
 )
 from .state import TimestepLayer, TimestepState
@@ -32,7 +33,9 @@ def connect(model: nn.Module, unit_is_given: bool) -> None:
         if not isinstance(layer, TimestepLayer):
             continue
         found = find_denoiser(model, name)
-        if found is not None:
+        if found is not None and found[1].is_timeless(name_inside(model, name, found[0])):
+            layer.timestep_state = timeless
+        elif found is not None:
             layer.timestep_state = _hook(*found, unit_is_given)
         elif layer.timestep_state is None:
             layer.timestep_state = timeless if _is_in_timeless(model, name) else lone

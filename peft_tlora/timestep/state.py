@@ -172,7 +172,7 @@ class TimestepState:
         return timestep.active_rank(schedule)
 
     def _check(self, timestep: CapturedTimestep, schedule: RankSchedule) -> None:
-        if self.assumption is not None and self._thread.running.context is None:
+        if self.assumption is not None:
             self.warn_once("assumption", self.assumption)
         complaint = self._range.complaint(timestep.value, schedule, timestep.is_log_sigma)
         if complaint:
