@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 from diffusers import UNet2DConditionModel
+from measure import device
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 _FULL = {"block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "heads": (5, 10, 20)}
@@ -14,6 +15,11 @@ _SCALED = {"block_out_channels": (160, 320, 640), "cross_attention_dim": 1024, "
 def unet(full: bool) -> UNet2DConditionModel:
     """The U-Net of SDXL with random weights; scaled down it has 1 and 2 blocks for 2 and 10."""
     config = _FULL if full else _SCALED
+    with device():  # the host would take minutes for the full size
+        return _unet(config, full)
+
+
+def _unet(config: dict, full: bool) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=128 if full else 64,
         block_out_channels=config["block_out_channels"],

@@ -9,6 +9,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ _LAYOUT = struct.Struct("<BBdd?d?d?bIbQQI24b2xI")
 _NONE = -1  # for an index: no timestep type, no recipe
 _DIGITS = 8 * _LAYOUT.size // 3
 _TOLERANCE = 0.125  # what averaging in bfloat16 may add
-_SHIFTS = torch.arange(21, -1, -3)
+_SHIFTS = np.arange(21, -1, -3)  # of the 8 digits of 3 bytes
 
 
 class Encoded(NamedTuple):
@@ -64,8 +65,9 @@ def encode_schedule(encoded: Encoded) -> Tensor:
     ]
     raw = _LAYOUT.pack(*fields, 0)
     raw = raw[:-4] + struct.pack("<I", zlib.crc32(raw[:-4]))
-    words = torch.tensor(list(raw)).view(-1, 3) @ torch.tensor([1 << 16, 1 << 8, 1])
-    return (words[:, None] >> _SHIFTS & 7).flatten().half()
+    words = np.frombuffer(raw, np.uint8).reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1])
+    digits = words[:, None] >> _SHIFTS & 7
+    return torch.from_numpy(digits.ravel().astype(np.float16))
 
 
 def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
@@ -80,10 +82,10 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
             f"{tuple(tensor.shape)}: the file was written by another version of peft_tlora. Save "
             "the adapter again with this one."
         )
-    values = tensor.detach().cpu().double()
+    values = tensor.detach().cpu().double().numpy()
     digits = values.round()
-    whole = ((values - digits).abs() <= _TOLERANCE) & (digits >= 0) & (digits <= 7)
-    fields = _fields(digits.long()) if whole.all() else None
+    whole = (np.abs(values - digits) <= _TOLERANCE) & (digits >= 0) & (digits <= 7)
+    fields = _fields(digits.astype(np.int64)) if whole.all() else None
     if fields is None:
         broken = "doesn't add up" if whole.all() else "isn't of whole numbers from 0 to 7"
         raise ValueError(
@@ -123,8 +125,8 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
     return Encoded(schedule, lora_alpha, use_rslora, recipe)
 
 
-def _fields(digits: Tensor) -> tuple | None:
-    words = (digits.view(-1, 8) << _SHIFTS).sum(1)
-    raw = bytes((words[:, None] >> torch.tensor([16, 8, 0]) & 255).flatten().tolist())
+def _fields(digits: np.ndarray) -> tuple | None:
+    words = (digits.reshape(-1, 8) << _SHIFTS).sum(1)
+    raw = (words[:, None] >> np.array([16, 8, 0]) & 255).astype(np.uint8).tobytes()
     fields = _LAYOUT.unpack(raw)
     return fields[:-1] if fields[-1] == zlib.crc32(raw[:-4]) else None

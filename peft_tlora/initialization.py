@@ -70,7 +70,8 @@ def _initialise(
     if config.ortho_source == "random":
         start, recipe = new_start(dq, dp, groups_of(layer), choice, seed=seed, name=start_name)
     elif dq.is_meta or config.inference_mode:  # a file follows; an SVD takes long
-        start = Start(torch.zeros(dq.shape), torch.zeros(dp.shape), torch.zeros(len(dq), 1))
+        shapes = (dq.shape, dp.shape, (len(dq), 1))
+        start = Start(*(torch.zeros(shape, device="cpu") for shape in shapes))
     else:
         start = _weight_start(layer, dq, dp, choice, layer_name, seed)
     # exact in 16 bits, so that a cast of a new adapter's factors costs nothing but what it must

@@ -114,7 +114,7 @@ def _haar_frame(rows: int, columns: int, rng: np.random.SFC64) -> Tensor:
         q, r = torch.linalg.qr(gaussian)
         return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
     lower = torch.linalg.cholesky(gaussian.mT @ gaussian)
-    identity = torch.eye(columns, dtype=gaussian.dtype)
+    identity = torch.eye(columns, dtype=gaussian.dtype, device=gaussian.device)
     return gaussian @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
 
 

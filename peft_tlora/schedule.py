@@ -57,7 +57,8 @@ class RankSchedule:
         """The active rank r(t); see `peft_tlora.active_rank`."""
         if isinstance(timestep, Tensor):
             return self._active_rank_tensor(timestep)
-        return int(self._active_rank_tensor(torch.tensor(float(timestep), dtype=torch.float64)))
+        t = torch.tensor(float(timestep), dtype=torch.float64, device="cpu")
+        return int(self._active_rank_tensor(t))
 
     def allows(self, timestep: float | Tensor) -> bool | Tensor:
         """Whether a timestep, or each of a tensor, lies in the range that the schedule expects.

@@ -19,8 +19,11 @@ from torch import nn
 
 from peft_tlora import TLoraConfig, frozen, initialization, timestep_context
 from peft_tlora.checkpoint import config_from_state_dict
+from peft_tlora.encoding import Encoded, decode_schedule, encode_schedule
 from peft_tlora.formats import read_peft, write_diffusers
 from peft_tlora.frozen import draw_start, fingerprint, name_key, new_start, rebuild
+from peft_tlora.schedule import RankSchedule
+from peft_tlora.timestep.range import TimestepRange
 
 from .conftest import TinyDenoiser, perturb
 from .test_diffusers import Pipeline, save
@@ -327,3 +330,21 @@ def test_a_context_masks_a_rebuilt_adapter():
     with timestep_context(model, 999):
         noisy = model.base_model.model.to_q.get_delta_weight("default")
     assert torch.linalg.matrix_rank(noisy) == 2  # one rank, trained and frozen
+
+
+def test_nothing_depends_on_the_default_device():
+    """A host may set any; meta stands for one whose tensors don't go with the CPU's."""
+    dq, dp = torch.zeros(6, 8), torch.zeros(8, 6)
+    again, recipe = new_start(dq, dp, 1, "last", seed=0, name="to_q")
+    schedule = RankSchedule(6, 2)
+    expected = encode_schedule(Encoded(schedule, 8.0, False, recipe))
+    with torch.device("meta"):
+        start, recipe = new_start(dq, dp, 1, "last", seed=0, name="to_q")
+        encoded = encode_schedule(Encoded(schedule, 8.0, False, recipe))
+        decoded = decode_schedule(encoded, 6, "to_q")
+        assert schedule.active_rank(500.0) == 4
+        watch = TimestepRange("Net")
+        assert watch.complaint(2000.0, schedule, None)
+    assert decoded.schedule == schedule
+    assert torch.equal(encoded, expected)
+    assert all(torch.equal(a, b) for a, b in zip(start, again, strict=True))

@@ -83,7 +83,7 @@ class AdapterLayer:
     def delta(self, active: int) -> Tensor:
         """The update of the layer's weight at a mask, (out, in, *kernel) in float32."""
         down, up = self.masked(active)
-        return delta_weight(down, up, torch.ones(len(down)))
+        return delta_weight(down, up, torch.ones(len(down), device=down.device))
 
 
 @dataclass(frozen=True)

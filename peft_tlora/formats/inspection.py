@@ -131,7 +131,7 @@ def _kind(name: str, layer: AdapterLayer) -> str:
 
 def _layer(layer: AdapterLayer) -> dict[str, Any]:
     factors = Factors(*(None if f is None else f.detach().float() for f in layer.factors))  # pyright: ignore[reportArgumentType]
-    moved, values = None, torch.zeros(0)
+    moved, values = None, factors.dq.new_zeros(0)
     finite = all(f is None or bool(f.isfinite().all()) for f in factors)
     if layer.groups == 1 and finite:
         values = spectrum(*factors.fused())

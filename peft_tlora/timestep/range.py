@@ -27,7 +27,7 @@ class TimestepRange:
         Those of EDM's schedulers are never whole and lie between -1.6 and 1.7, while all others
         pass 2 at their first, noisy steps. One value that says otherwise decides for good.
         """
-        t = torch.as_tensor(value)
+        t = _tensor(value)
         linear = ((t.abs() >= 2) | (t == t.round())).any()
         self._seen_linear = _either(linear, self._seen_linear)
         return ~self._seen_linear
@@ -42,12 +42,12 @@ class TimestepRange:
         if self._complained or _is_capturing():
             return None
         told = is_log_sigma if schedule.timestep_type is None else None
-        outside = ~torch.as_tensor(schedule.allows(value)).all()
+        outside = ~_tensor(schedule.allows(value)).all()
         self._seen_outside = _either(_either(outside, told), self._seen_outside)
         if schedule.timestep_type != "linear" or schedule.num_train_timesteps <= 2:
             self._only_fractions = False
         elif self._only_fractions is not False:
-            t = torch.as_tensor(value)
+            t = _tensor(value)
             fractions = ((t > 0) & (t < 1)).all()
             previous = self._only_fractions
             self._only_fractions = (
@@ -82,6 +82,11 @@ class TimestepRange:
             "num_train_timesteps, timestep_reversed and timestep_type in the config as the "
             "scheduler has it, or give the timestep with peft_tlora.timestep_context."
         )
+
+
+def _tensor(value: float | bool | Tensor) -> Tensor:
+    """A tensor where it is, a number on the host."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def _either(one: Tensor, other: Tensor | None) -> Tensor:
