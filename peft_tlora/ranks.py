@@ -78,7 +78,7 @@ class ActiveRanks:
     def follow_timestep(self, module: Layer) -> bool:
         """Whether the ranks follow a timestep: those of a model without time are all active."""
         state = module.timestep_state
-        return self.schedule.kind != "constant" and state is not None and bool(state.denoiser)
+        return self.schedule.kind != "constant" and state is not None and state.is_followed()
 
     def mask(self, module: Layer, adapter: str, rank: int | Tensor | None, like: Tensor) -> Tensor:
         """The mask of the fused factors, with the dtype and device of `like`."""

@@ -186,6 +186,26 @@ def test_a_failed_combination_leaves_the_adapters_as_they_were():
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+def test_a_model_that_never_had_a_timestep_combines_as_lora_does():
+    class NoTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.to_q(x)
+
+    config = TLoraConfig(r=4, min_rank=1, target_modules=["to_q"])
+    peft_model = get_peft_model(NoTime(), config, "one")
+    peft_model.add_adapter("two", config)
+    perturb(peft_model)
+    peft_model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "free", combination_type="svd")
+    with timestep_context(peft_model, 500):  # it is a denoiser after all
+        peft_model(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="can't be combined with a mask for every timestep"):
+        peft_model.add_weighted_adapter(["one", "two"], [1, 0.5], "no", combination_type="svd")
+
+
 def test_an_svd_to_more_ranks_than_a_layer_has_works_as_in_peft():
     base = nn.Sequential(nn.Linear(8, 3))
     config = TLoraConfig(r=2, lora_alpha=2, target_modules=["0"], init_lora_weights=False)

@@ -28,7 +28,8 @@ def connect(model: nn.Module, unit_is_given: bool) -> None:
         model: The model.
         unit_is_given: Whether the config of the new adapter says how timesteps count.
     """
-    timeless, lone = TimestepState(None), TimestepState(type(model).__name__)
+    timeless = TimestepState(None)
+    lone = TimestepState(type(model).__name__, takes_timestep=False)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, TimestepLayer):
             continue

@@ -58,6 +58,7 @@ class TimestepState:
             forward without one then warns. None for models without time, such as text encoders.
         per_sample: See `CapturedTimestep`.
         detects_log_sigma: Whether the values must tell if timesteps are 0.25 ln(sigma).
+        takes_timestep: Whether it is known to take a timestep, and not just expected to.
 
     Attributes:
         assumption: What was assumed of the timesteps, to be said when the first one is used.
@@ -65,11 +66,17 @@ class TimestepState:
     """
 
     def __init__(
-        self, denoiser: str | None, *, per_sample: bool = True, detects_log_sigma: bool = False
+        self,
+        denoiser: str | None,
+        *,
+        per_sample: bool = True,
+        detects_log_sigma: bool = False,
+        takes_timestep: bool = True,
     ) -> None:
         self.denoiser = denoiser
         self.per_sample = per_sample
         self.detects_log_sigma = detects_log_sigma
+        self.takes_timestep = takes_timestep
         self.assumption: str | None = None
         self.was_set = False
         self._range = TimestepRange(denoiser)
@@ -80,7 +87,7 @@ class TimestepState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model start afresh: nothing of a running forward goes along."""
-        names = ("denoiser", "per_sample", "detects_log_sigma", "assumption")
+        names = ("denoiser", "per_sample", "detects_log_sigma", "takes_timestep", "assumption")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,6 +95,11 @@ class TimestepState:
         assumption = state.pop("assumption")
         self.__init__(**state)
         self.assumption = assumption
+
+    def is_followed(self) -> bool:
+        """Whether the ranks of its layers follow a timestep, as far as is known."""
+        given = self.takes_timestep or self.was_set or self._contexts > 0
+        return self.denoiser is not None and given
 
     def capture(
         self,
