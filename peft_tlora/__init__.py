@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from .config import TLoraConfig
-from .integrations import diffusers, hosts, peft, saving
+from .hosts import diffusers, saving, trainers
+from .integrations import peft
 from .loading import load_tlora_weights
 from .model import TLoraModel
 from .regularization import orthogonality_loss
@@ -25,5 +26,5 @@ __all__ = [
 
 peft.install(TLoraConfig, TLoraModel)
 diffusers.install()
-hosts.install()
+trainers.install()
 saving.install()

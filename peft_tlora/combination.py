@@ -16,13 +16,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .checkpoint import schedule_fields
 from .config import TLoraConfig
-from .factors import Factor
 from .functional import interleave
-from .layer import TLoraLayer
-from .ranks import Layer, groups_of
+from .layers.factors import Factor
+from .layers.layer import TLoraLayer
+from .layers.ranks import Layer, groups_of
 from .schedule import RankSchedule
+from .weights.state_dict import schedule_fields
 
 
 @dataclass(frozen=True)

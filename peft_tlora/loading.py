@@ -12,12 +12,13 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .checkpoint import config_from_state_dict, is_half, is_tlora, pattern_of
 from .config import TLoraConfig
-from .formats.adapter import Adapter, check_fit, weight_of
-from .formats.files import open_checkpoint
-from .formats.tensors import layers_of_own, parsed
-from .frozen import canonical_name
+from .functional import Factors
+from .weights.files import open_checkpoint
+from .weights.fit import check_factors, check_fit, weight_of
+from .weights.names import FIELDS, check_name, parsed
+from .weights.start import canonical_name
+from .weights.state_dict import config_from_state_dict, is_half, is_tlora, pattern_of
 
 
 def load_tlora_weights(
@@ -174,7 +175,7 @@ def _config(
             raise ValueError(
                 "The source says itself how the adapter was trained; leave config out."
             )
-        Adapter("model", layers_of_own(part, "T-LoRA")).check_fits(module)
+        _check(part, module)
         return config_from_state_dict(part)
     if config is None:
         raise ValueError(
@@ -190,7 +191,6 @@ def _config(
     names = ["lora_A", "lora_B", "lora_lambda"]
     wanted = names[: 2 if config.ortho_init is None else 3]
     layers = sorted({name.rpartition(".lora_")[0] for name in part})
-    modules = dict(module.named_modules())
     for layer in layers:
         found = [name for name in names if f"{layer}.{name}.weight" in part]
         if found != wanted:
@@ -199,10 +199,7 @@ def _config(
                 f"source it has {found}. Is it plain LoRA, or was it trained with another "
                 "ortho_init?"
             )
-        weight = weight_of(modules, layer)
-        if weight is not None:
-            dq, dp = (part[f"{layer}.{name}.weight"] for name in names[:2])
-            check_fit(layer, dq, dp, weight)
+    _check(part, module)
     r, rank_pattern = pattern_of({x: len(part[f"{x}.lora_A.weight"]) for x in layers})
     if config.r not in (r, *rank_pattern.values()):
         raise ValueError(
@@ -210,3 +207,25 @@ def _config(
             f"{sorted({r, *rank_pattern.values()})}: it is of another training."
         )
     return replace(config, r=r, rank_pattern=rank_pattern, target_modules=layers)
+
+
+def _check(part: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Raise unless the layers' tensors can be an adapter's, and fit the model."""
+    modules = dict(module.named_modules())
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in part.items():
+        layer, _, part_name = name.partition(".lora_")
+        layers.setdefault(layer, {})[FIELDS[f".lora_{part_name}"]] = tensor
+    for layer, fields in layers.items():
+        check_name(layer)
+        if not {"dq", "dp"} <= fields.keys():
+            raise ValueError(f"Layer {layer} has only {', '.join(sorted(fields))}.")
+        fields.pop("schedule", None)
+        factors = Factors(**fields)
+        try:
+            check_factors(factors, len(factors.dq), start_follows=True)
+        except ValueError as error:
+            raise ValueError(f"Layer {layer}: {error}") from None
+        weight = weight_of(modules, layer)
+        if weight is not None:
+            check_fit(layer, factors.dq, factors.dp, weight)

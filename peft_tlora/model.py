@@ -9,22 +9,22 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Embedding, MultiheadAttention
 from torch import Tensor, nn
 
-from .checkpoint import schedule_fields
 from .combination import as_plain_lora, order_by_rank, plan_combination
 from .config import TLoraConfig
-from .dispatch import as_tlora_layer
-from .initialization import add_tlora
-from .integrations import saving
-from .integrations.diffusers import (
+from .hosts import saving
+from .hosts.diffusers import (
     refuse_hotswap_preparation,
     refuse_other_base,
     weights_of_file,
 )
-from .layer import TLoraLayer
-from .ranks import Layer
+from .layers.dispatch import as_tlora_layer
+from .layers.initialization import add_tlora
+from .layers.layer import TLoraLayer
+from .layers.ranks import Layer
 from .regularization import orthogonality_loss
 from .timestep.denoisers import Denoiser, find_denoiser, name_inside
 from .timestep.hooks import connect, disconnect
+from .weights.state_dict import schedule_fields
 
 _NO_CONVERSION = (
     "path_initial_model_for_weight_conversion is not supported with T-LoRA, which never changes "

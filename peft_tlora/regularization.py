@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .layer import TLoraLayer
-from .ranks import groups_of
+from .layers.layer import TLoraLayer
+from .layers.ranks import groups_of
 
 
 def orthogonality_loss(model: nn.Module, adapter_names: Iterable[str] | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from diffusers.utils import convert_state_dict_to_diffusers, peft_utils
 from peft import LoraConfig, get_peft_model_state_dict
 
 from peft_tlora import TLoraConfig
-from peft_tlora.integrations import diffusers as integration
+from peft_tlora.hosts import diffusers as integration
+from peft_tlora.integrations import diffusers as loaders
 
 from . import foreign
 from .conftest import perturb, tiny_unet
@@ -105,7 +106,7 @@ def test_plain_lora_loads_as_before(tmp_path, metadata):
     save(adapted(LoraConfig), tmp_path, metadata)
     results = []
     for wrapped in (True, False):
-        integration.install() if wrapped else integration.uninstall()
+        integration.install() if wrapped else loaders.unwrap()
         pipeline = Pipeline()
         pipeline.load_lora_weights(str(tmp_path))
         assert type(pipeline.unet.peft_config["default_0"]) is LoraConfig
@@ -117,14 +118,14 @@ def test_plain_lora_loads_as_before(tmp_path, metadata):
 def test_installing_is_idempotent_and_reversible():
     places = [
         (sys.modules[f"diffusers.{place}"], name)
-        for name, places in integration._PLACES.items()
+        for name, places in loaders._PLACES.items()
         for place in places
     ]
     places.append((LoraBaseMixin, "set_lora_device"))
     wrapped = [getattr(place, name) for place, name in places]
     integration.install()
     assert [getattr(place, name) for place, name in places] == wrapped
-    integration.uninstall()
+    loaders.unwrap()
     for (place, name), function in zip(places, wrapped, strict=True):
         assert getattr(place, name) is function.__wrapped__
     integration.install()
@@ -137,7 +138,7 @@ def test_an_unknown_diffusers_warns_and_is_left_alone(monkeypatch):
     def other(something, entirely):
         pass
 
-    integration.uninstall()
+    loaders.unwrap()
     with monkeypatch.context() as patch:
         patch.setattr(peft_utils, "_create_lora_config", other)
         with pytest.warns(UserWarning, match=r"peft_tlora\.load_tlora_weights"):

@@ -12,16 +12,16 @@ from peft import get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_tlora import TLoraConfig, encoding, load_tlora_weights
-from peft_tlora.encoding import decode_schedule, encode_schedule
-from peft_tlora.formats import files
+from peft_tlora import TLoraConfig, load_tlora_weights
 from peft_tlora.formats.base import load_base
 from peft_tlora.formats.facts import TrainingFacts
-from peft_tlora.formats.files import open_checkpoint, read_json, read_yaml, write_tensors
 from peft_tlora.formats.inspection import inspect_file
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
 from peft_tlora.formats.state_dict import read_config
+from peft_tlora.weights import encoding, files
+from peft_tlora.weights.encoding import decode_schedule, encode_schedule
+from peft_tlora.weights.files import open_checkpoint, read_json, read_yaml, write_tensors
 
 from . import foreign
 from .conftest import crash_after, crash_while_moving, perturb

@@ -12,7 +12,8 @@ from torch import nn
 
 import peft_tlora
 from peft_tlora import TLoraConfig, active_rank, timestep_from
-from peft_tlora.integrations import hosts, imports
+from peft_tlora.hosts import trainers as hosts
+from peft_tlora.integrations import imports
 
 from .conftest import perturb
 

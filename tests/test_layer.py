@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.dispatch import as_tlora_layer
+from peft_tlora.layers.dispatch import as_tlora_layer
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.layer import TLoraLayer
+from peft_tlora.layers.layer import TLoraLayer
 
 from .conftest import perturb
 

@@ -10,10 +10,11 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_tlora import TLoraConfig, timestep_context, variant
-from peft_tlora import linear as module_of_functions
+from peft_tlora import TLoraConfig, timestep_context
 from peft_tlora.functional import Factors
-from peft_tlora.linear import adapted_linear, add_update
+from peft_tlora.layers import linear as module_of_functions
+from peft_tlora.layers import variant
+from peft_tlora.layers.linear import adapted_linear, add_update
 
 from .conftest import perturb
 

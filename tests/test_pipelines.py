@@ -8,7 +8,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
 from peft_tlora import TLoraConfig, load_tlora_weights, timestep_context
-from peft_tlora.integrations import diffusers as integration
+from peft_tlora.hosts import diffusers as integration
+from peft_tlora.integrations import diffusers as loaders
 
 from .conftest import Watch, assert_masks_follow, first_layer, perturb
 from .tiny import pipelines
@@ -57,7 +58,7 @@ def test_every_source_gives_the_same_picture(saved, kind, source):
     file = folder / "pytorch_lora_weights.safetensors"
     pipeline = MAKE[kind]()
     if source == "public function":
-        integration.uninstall()
+        loaders.unwrap()
         try:
             load_tlora_weights(pipeline, folder)
         finally:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.layer import TLoraLayer
+from peft_tlora.layers.layer import TLoraLayer
 
 from .conftest import perturb
 from .tiny import quantized

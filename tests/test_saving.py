@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_tlora import TLoraConfig, load_tlora_weights
 from peft_tlora.cli import main
-from peft_tlora.integrations import saving
+from peft_tlora.hosts import saving
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 

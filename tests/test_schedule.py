@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from peft_tlora import active_rank
-from peft_tlora.encoding import Encoded, decode_schedule, encode_schedule
-from peft_tlora.frozen import Recipe
 from peft_tlora.schedule import RankSchedule, rank_mask
+from peft_tlora.weights.encoding import Encoded, decode_schedule, encode_schedule
+from peft_tlora.weights.start import Recipe
 
 
 def paper_rank(t, r, r_min, alpha=1.0, total=1000):

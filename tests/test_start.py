@@ -17,13 +17,15 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_tlora import TLoraConfig, frozen, initialization, timestep_context
-from peft_tlora.checkpoint import config_from_state_dict
-from peft_tlora.encoding import Encoded, decode_schedule, encode_schedule
+from peft_tlora import TLoraConfig, timestep_context
 from peft_tlora.formats import read_peft, write_diffusers
-from peft_tlora.frozen import draw_start, fingerprint, name_key, new_start, rebuild
+from peft_tlora.layers import initialization
 from peft_tlora.schedule import RankSchedule
 from peft_tlora.timestep.range import TimestepRange
+from peft_tlora.weights import start as frozen
+from peft_tlora.weights.encoding import Encoded, decode_schedule, encode_schedule
+from peft_tlora.weights.start import draw_start, fingerprint, name_key, new_start, rebuild
+from peft_tlora.weights.state_dict import config_from_state_dict
 
 from .conftest import TinyDenoiser, perturb
 from .test_diffusers import Pipeline, save

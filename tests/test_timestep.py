@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from peft_tlora import TLoraConfig, active_rank, ranks, timestep_context
+from peft_tlora import TLoraConfig, active_rank, timestep_context
+from peft_tlora.layers import ranks
 from peft_tlora.timestep import recomputation
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
@@ -296,7 +297,7 @@ def test_the_checkpointing_tests_fail_without_the_replay(kind, monkeypatch):
     model = adapted(DeepDenoiser())
     expected = gradients(model, backward_inside_another_context)
     model.base_model.model.checkpoint = CHECKPOINTS[kind]
-    monkeypatch.setattr(recomputation, "_backward_sequence_number", lambda: None)
+    monkeypatch.setattr(recomputation, "backward_sequence_number", lambda: None)
     if kind == "non-reentrant":  # which notices that other ranks are active
         with pytest.raises(CheckpointError):
             gradients(model, backward_inside_another_context)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_tlora import active_rank, ranks
+from peft_tlora import active_rank
+from peft_tlora.layers import ranks
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 from .test_timestep import adapted

@@ -10,11 +10,11 @@ import torch
 from ..formats.adapter import Adapter
 from ..formats.bands import write_bands
 from ..formats.families import FAMILIES, family_of
-from ..formats.files import open_checkpoint, read_json
 from ..formats.lora import LORA_WRITERS
 from ..formats.own import as_file, write_diffusers, write_peft
 from ..formats.plain import plain_lora
 from ..formats.reading import FORMATS
+from ..weights.files import open_checkpoint, read_json
 from .options import adapter_of, add_facts, warn
 
 HELP = "write a T-LoRA file in another format"

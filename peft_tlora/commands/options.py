@@ -9,10 +9,10 @@ from ..config import TLoraConfig
 from ..formats.adapter import Adapter
 from ..formats.base import load_base
 from ..formats.facts import TrainingFacts
-from ..formats.files import Checkpoint
 from ..formats.reading import format_of, read_adapter
 from ..formats.state_dict import read_config
 from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES
+from ..weights.files import Checkpoint
 
 _FACTS = ("min_rank", "rank_schedule", "schedule_exponent", "num_train_timesteps", "sig_type")
 _FACTS += ("boundary_timestep",)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from ..config import TLoraConfig
-from ..launcher import NotTrainedError, run_script
 from ..orthogonal import ORTHO_INITS, ORTHO_SOURCES
+from .launcher import NotTrainedError, run_script
 from .options import add_direction, add_schedule
 
 HELP = "run an unedited LoRA script with T-LoRA"

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ..formats.adapter import check_schedule
-from ..formats.files import open_checkpoint
 from ..schedule import RankSchedule, check_rank
-from ..steps import load_scheduler, plot, steps_of, transitions
+from ..weights.files import open_checkpoint
 from .options import adapter_of, add_direction, add_facts, bold
+from .steps import load_scheduler, plot, steps_of, transitions
 
 HELP = "show the active rank over timesteps or a scheduler's steps"
 # option -> field of RankSchedule

@@ -4,11 +4,11 @@
 made at one mask by `plain_lora` in between, or by `write_bands` at several.
 """
 
+from ..weights.files import open_checkpoint
 from .adapter import Adapter, AdapterLayer
 from .bands import write_bands
 from .base import load_base
 from .facts import TrainingFacts
-from .files import open_checkpoint
 from .inspection import inspect_file
 from .lora import write_comfyui, write_kohya, write_lora
 from .official import read_official_flux, read_official_sdxl

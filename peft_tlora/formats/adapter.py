@@ -1,14 +1,12 @@
 """An adapter apart from any model and any file: each format is read into it and written from it."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..frozen import Recipe
 from ..functional import Factors, delta_weight
 from ..schedule import (
     RANK_SCHEDULES,
@@ -18,10 +16,9 @@ from ..schedule import (
     check_multiple,
     check_positive,
 )
-
-# far above any use, and low enough that no file can ask for the memory of a machine
-MAX_RANK = 65536
-_PART = re.compile(r"(?!__)[A-Za-z0-9_-]+")
+from ..weights.fit import check_factors, check_fit, weight_of
+from ..weights.names import check_name
+from ..weights.start import Recipe
 
 
 @dataclass(frozen=True)
@@ -132,56 +129,6 @@ class Adapter:
             check_fit(name, layer.factors.dq, layer.factors.dp, weight)
 
 
-def weight_of(modules: Mapping[str, nn.Module], layer: str) -> Tensor | None:
-    """The weight under an adapter's layer, among a model's modules by their names."""
-    # PEFT puts the adapter of attention's output into the base of the whole layer's
-    for name in (f"{layer}.base_layer", layer, layer.replace(".base_layer", "")):
-        module = modules.get(name)
-        if module is not None:
-            weight = getattr(module, "weight", getattr(module, "in_proj_weight", None))
-            return weight if isinstance(weight, Tensor) else None
-    return None
-
-
-def check_fit(name: str, q: Tensor, p: Tensor, weight: Tensor) -> None:
-    """Raise unless a layer's factors are for a weight of such a shape.
-
-    Raises:
-        ValueError: If they aren't.
-    """
-    found, wanted = (p.shape[0], *q.shape[1:]), tuple(weight.shape)
-    # quantised weights are packed, and transformers' Conv1D holds its weight transposed
-    if weight.is_floating_point() and found not in (wanted, wanted[::-1]):
-        raise ValueError(
-            f"The adapter doesn't fit: its layer {name} is for a weight of shape {found}, that of "
-            f"the model is {wanted}. Is it for another base model?"
-        )
-
-
-def check_name(name: str) -> None:
-    """Raise unless a name is a dotted path of plain words."""
-    if not all(_PART.fullmatch(part) for part in name.split(".")):
-        raise ValueError(f"{name[:200]!r} is not the name of a layer.")
-
-
-def check_projections(q: Tensor, p: Tensor, r: int) -> None:
-    """Raise unless two tensors can be a down- and an up-projection of rank r.
-
-    Raises:
-        ValueError: If they can't.
-    """
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"its rank must lie in [1, {MAX_RANK}], got {r}.")
-    if not 2 <= q.dim() <= 5 or p.dim() != q.dim() or q.shape[0] != r or 0 in q.shape + p.shape:
-        raise ValueError(
-            f"its factors have shapes {tuple(q.shape)} and {tuple(p.shape)}, not (r, in, ...) and "
-            f"(out, r, ...) with r={r}."
-        )
-    whole_groups = r % p.shape[1] == 0 and len(p) % (r // p.shape[1]) == 0
-    if not whole_groups or any(size != 1 for size in p.shape[2:]):
-        raise ValueError(f"the up-projection of shape {tuple(p.shape)} is not one of rank {r}.")
-
-
 def check_schedule(schedule: RankSchedule) -> None:
     """Raise unless all values of a schedule, which may come from a file, are in their ranges."""
     check_min_rank(schedule.min_rank, schedule.r)
@@ -192,17 +139,7 @@ def check_schedule(schedule: RankSchedule) -> None:
 
 
 def _check_layer(layer: AdapterLayer) -> None:
-    q, p, *rest = layer.factors
-    r = layer.schedule.r
-    check_projections(q, p, r)
-    if any(f is None for f in rest) != all(f is None for f in rest):
-        raise ValueError("only some of the singular values and frozen factors are there.")
-    for tensor, wanted in zip(rest, ((r, 1), q.shape, p.shape, (r, 1)), strict=True):
-        if tensor is not None and tensor.shape != wanted:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} should be {tuple(wanted)}.")
-    for tensor in layer.factors:
-        if tensor is not None and not tensor.dtype.is_floating_point:
-            raise ValueError(f"a factor is of {tensor.dtype}, not of floating point.")
+    check_factors(layer.factors, layer.schedule.r)
     check_schedule(layer.schedule)
     if not (math.isfinite(layer.lora_alpha) and layer.lora_alpha >= 0):
         raise ValueError(f"lora_alpha must be finite and at least 0, got {layer.lora_alpha}.")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..schedule import RankSchedule
+from ..weights.files import read_json, replaced_together, write_json
 from .adapter import Adapter
-from .files import read_json, replaced_together, write_json
 from .lora import LORA_WRITERS
 from .plain import plain_lora
 from .sampling import Sampling, sampling_of

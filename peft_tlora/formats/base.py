@@ -7,7 +7,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .files import read_json
+from ..weights.files import read_json
 
 _PARTS = ("unet", "transformer")
 

@@ -3,27 +3,15 @@
 import re
 from collections.abc import Mapping
 
+from ..weights.names import component_of
 from .adapter import AdapterLayer
 
-# what diffusers' pipelines call their models that take adapters
-COMPONENT = re.compile(
-    r"unet|prior|connectors|text_conditioner|(?:transformer|text_encoder)(?:_\d|_ref)?"
-)
 UNETS = ("sd", "sdxl")
 FAMILIES = (*UNETS, "sd3", "flux", "wan")
-_UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embed)")
-_TEXT_ENCODER = re.compile(r"(text_model|encoder)\.")  # CLIP, T5
 _WAN = re.compile(r"blocks\.\d+\.(attn1|attn2|ffn)\.")
 _SD3 = re.compile(r"transformer_blocks\.\d+\.(attn|attn2|ff|ff_context|norm1)\.")
 # width of the text embeddings; SD 2 has the names of SD 1 in all programs
 _CROSS_ATTENTION = {768: "sd", 1024: "sd", 2048: "sdxl"}
-
-
-def component_of(names: Mapping[str, object]) -> str:
-    """The name in diffusers' pipelines of the model with such layers."""
-    if all(_TEXT_ENCODER.match(name) for name in names):
-        return "text_encoder"
-    return "unet" if all(_UNET.match(name) for name in names) else "transformer"
 
 
 def family_of(layers: Mapping[str, AdapterLayer]) -> str | None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..config import TLoraConfig
 from ..functional import Factors
 from ..timestep.denoisers import describe as describe_denoiser
+from ..weights.files import Checkpoint, open_checkpoint
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts
 from .families import family_of
-from .files import Checkpoint, open_checkpoint
 from .plain import spectrum
 from .reading import FORMATS, format_of, read_adapter
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor
 
+from ..weights.files import write_tensors
 from .families import FAMILIES, UNETS
-from .files import write_tensors
 from .names import check_comfyui, original
 from .own import as_file
 from .plain import PlainLora, fused

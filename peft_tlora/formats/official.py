@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..weights.files import Checkpoint, open_checkpoint, read_yaml
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts, number
-from .files import Checkpoint, open_checkpoint, read_yaml
 from .own import Source
 from .tensors import factors_of, grouped, one_rank, rank_of
 

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checkpoint import config_from_state_dict, is_tlora
+from ..weights.files import Checkpoint, open_checkpoint, replaced_together, write_tensors
+from ..weights.names import COMPONENT, OWN_FIELDS, component_of
+from ..weights.state_dict import config_from_state_dict, is_tlora
 from .adapter import Adapter
-from .families import COMPONENT, component_of
-from .files import Checkpoint, open_checkpoint, replaced_together, write_tensors
-from .tensors import OWN_FIELDS, layers_of_own, own_tensors
+from .tensors import layers_of_own, own_tensors
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FILE = "pytorch_lora_weights.safetensors"

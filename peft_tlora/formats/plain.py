@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..schedule import RankSchedule
-from .adapter import Adapter, check_name
+from ..weights.names import check_name
+from .adapter import Adapter
 from .names import Place
 
 

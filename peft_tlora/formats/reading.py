@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ..config import TLoraConfig
+from ..weights.files import Checkpoint, open_checkpoint
 from .adapter import Adapter
 from .facts import TrainingFacts
-from .files import Checkpoint, open_checkpoint
 from .official import (
     is_official_flux,
     is_official_sdxl,

@@ -11,14 +11,15 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..config import TLoraConfig
-from ..frozen import Recipe, canonical_name, new_start
 from ..functional import Factors
 from ..timestep.denoisers import Denoiser, find_denoiser, name_inside
-from .adapter import Adapter, AdapterLayer, check_name, check_projections
-from .families import COMPONENT, component_of
-from .files import Checkpoint, parse_json, read_json
+from ..weights.files import Checkpoint, parse_json, read_json
+from ..weights.fit import check_projections
+from ..weights.names import COMPONENT, OWN_FIELDS, check_name, component_of, parsed
+from ..weights.start import Recipe, canonical_name, new_start
+from .adapter import Adapter, AdapterLayer
 from .own import Source, checkpoint, choose_component, is_diffusers, is_peft
-from .tensors import OWN_FIELDS, grouped, layers_of_own, parsed, rank_of
+from .tensors import grouped, layers_of_own, rank_of
 
 _FORMAT = "a state dict with T-LoRA"
 _TRAINED = {"dq": "lora_A", "dp": "lora_B", "dlam": "lora_lambda"}

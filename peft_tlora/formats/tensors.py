@@ -1,48 +1,18 @@
 """Tensors by their names in a file, sorted into layers, and those of this package's own format."""
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..encoding import Encoded, decode_schedule, encode_schedule
-from ..frozen import Recipe, rebuild
 from ..functional import Factors
-from .adapter import AdapterLayer, check_name, check_projections
+from ..weights.encoding import Encoded, decode_schedule, encode_schedule
+from ..weights.fit import check_projections
+from ..weights.names import FIELDS, OWN_FIELDS, check_name
+from ..weights.start import Recipe, rebuild
+from .adapter import AdapterLayer
 
-_FIELDS = {
-    ".lora_A.weight": "dq",
-    ".lora_B.weight": "dp",
-    ".lora_lambda.weight": "dlam",
-    ".lora_A_init.weight": "q0",
-    ".lora_B_init.weight": "p0",
-    ".lora_lambda_init.weight": "lam0",
-    ".lora_schedule.weight": "schedule",
-}
-# what diffusers' conversions of the state dicts of U-Nets and text encoders make of these names
-_DIFFUSERS_FIELDS = {
-    name.replace("lora_A", f"{style}.down").replace("lora_B", f"{style}.up"): field
-    for style in ("lora", "lora_linear_layer")
-    for name, field in _FIELDS.items()
-}
 _START = ("q0", "p0", "lam0")
-OWN_FIELDS = {**_FIELDS, **_DIFFUSERS_FIELDS}
-# PEFT's name of a tensor, in a model's own state dict with the adapter's name in it
-NAME = re.compile(
-    r"(?P<layer>.+)\.(?P<part>lora_(?:A|B|lambda)(?:_init)?|lora_schedule)"
-    r"(?:\.(?P<adapter>.+))?\.weight"
-)
-
-
-def parsed(name: str) -> re.Match[str] | None:
-    """The match of `NAME` for a name of PEFT or diffusers; None if it's no part of an adapter."""
-    endings = {field: ending for ending, field in _FIELDS.items()}
-    for ending, field in _DIFFUSERS_FIELDS.items():
-        if name.endswith(ending):
-            name = name.removesuffix(ending) + endings[field]
-            break
-    return NAME.fullmatch(name)
 
 
 def grouped(
@@ -188,7 +158,7 @@ def _with_start(layer: str, factors: Factors, encoded: Encoded) -> tuple[Factors
 
 def own_tensors(layers: Mapping[str, AdapterLayer], prefix: str) -> dict[str, Tensor]:
     """The state dict of layers, named as PEFT does after a prefix; inverse of `layers_of_own`."""
-    endings = {field: ending for ending, field in _FIELDS.items()}
+    endings = {field: ending for ending, field in FIELDS.items()}
     tensors = {}
     for name, layer in layers.items():
         for field, tensor in layer.factors._asdict().items():

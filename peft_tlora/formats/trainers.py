@@ -6,10 +6,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..functional import Factors
+from ..weights.files import Checkpoint, open_checkpoint
+from ..weights.names import component_of
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts, in_unit_of, number
-from .families import component_of
-from .files import Checkpoint, open_checkpoint
 from .names import underscored
 from .own import Source
 from .recomputed import recompute

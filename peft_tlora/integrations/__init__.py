@@ -1,1 +1,1 @@
-"""One module a host library, each the sole contact with that host's private parts."""
+"""The contact with private parts of torch, PEFT and diffusers, one module each."""

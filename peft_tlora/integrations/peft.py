@@ -2,6 +2,8 @@
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -73,6 +75,17 @@ def _add_member(name: str) -> None:
     PeftType._member_map_[name] = member  # pyright: ignore[reportAttributeAccessIssue]
     PeftType._member_names_.append(name)
     PeftType._value2member_map_[name] = member
+
+
+@contextmanager
+def lora_tuner(tuner: type) -> Iterator[None]:
+    """Let PEFT make another tuner wherever it would make LoRA's, for the time of the context."""
+    previous = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = tuner
+    try:
+        yield
+    finally:
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = previous
 
 
 def _refuse_lorafa() -> None:

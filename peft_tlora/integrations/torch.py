@@ -33,3 +33,16 @@ def current_device() -> int | None:
     Threads of `nn.DataParallel` and of autograd have one each.
     """
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def next_sequence_number() -> int:
+    """The number that the next autograd node of this thread will have."""
+    return torch.autograd._get_sequence_nr()
+
+
+def backward_sequence_number() -> int | None:
+    """The number of the autograd node whose backward runs now, None outside of one."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()

@@ -3,13 +3,14 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..schedule import TimestepType
+from .paths import root_of
 
 Layout = Literal["batch_first", "sequence_first", "repacked", "other_tokens"]
 
@@ -275,27 +276,3 @@ def _may_take(cls: type[nn.Module], argument: str) -> bool:
     A decorator that hides it leaves *args and **kwargs alone.
     """
     return argument in forward_arguments(cls) or not forward_arguments(cls)
-
-
-def root_of(argument: str) -> str:
-    """The name at the beginning of a path such as `video.sigma` or `timesteps[0]`."""
-    return re.split(r"[.\[]", argument, maxsplit=1)[0]
-
-
-def follow_path(argument: str, root: Any) -> Any:
-    """What a path leads to from the value of the name at its beginning; None if nothing is there.
-
-    Attributes and, of mappings and sequences, elements.
-    """
-    for dot, attribute, element in re.findall(r"(\.)(\w+)|\[([^\]]+)\]", argument):
-        if root is None:
-            return None
-        if dot:
-            root = getattr(root, attribute, None)
-        elif isinstance(root, Mapping):
-            root = root.get(element.strip("'\""))
-        elif isinstance(root, (Sequence, Tensor)):
-            root = root[int(element)] if int(element) < len(root) else None
-        else:
-            return None
-    return root

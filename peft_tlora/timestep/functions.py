@@ -10,7 +10,7 @@ from torch import nn
 
 from ..integrations.imports import wrap_function
 from ..schedule import check_positive
-from .denoisers import follow_path, root_of
+from .paths import follow_path, root_of
 from .state import states_of, timestep_context
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -6,13 +6,12 @@ from ..integrations.diffusers import token_shard
 from .denoisers import (
     Denoiser,
     find_denoiser,
-    follow_path,
     forward_arguments,
     is_known,
     is_timeless,
     name_inside,
-    root_of,
 )
+from .paths import follow_path, root_of
 from .state import TimestepLayer, TimestepState
 
 _HOOK = "_tlora_timestep_hook"

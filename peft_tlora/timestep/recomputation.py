@@ -3,7 +3,7 @@
 Such a block runs once more during backward, when the timestep of its forward is gone or belongs to
 another one. Each forward owns the autograd nodes whose sequence numbers were handed out while it
 ran, and the node that triggers a recomputation is one of them. This holds for torch's checkpointing
-functions, reentrant or not. The sole contact with private parts of autograd.
+functions, reentrant or not.
 """
 
 import threading
@@ -12,7 +12,11 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..integrations.torch import current_device
+from ..integrations.torch import (
+    backward_sequence_number,
+    current_device,
+    next_sequence_number,
+)
 
 # forwards whose backward may still come; each costs one small tensor
 _MAX_PENDING_FORWARDS = 4096
@@ -26,7 +30,7 @@ class Forward(Generic[Value]):
         self.value = value
         self.thread = threading.get_ident()  # each thread counts for itself
         self.device = current_device()
-        self.first = _next_sequence_number()
+        self.first = next_sequence_number()
         self.end: int | None = None
 
     def owns(self, sequence_number: int) -> bool:
@@ -66,7 +70,7 @@ class ForwardLog(Generic[Value]):
     def close(self, forward: Forward[Value] | None) -> None:
         """Note that a forward has ended."""
         if forward is not None:
-            forward.end = self._latest.number = _next_sequence_number()
+            forward.end = self._latest.number = next_sequence_number()
 
     def value_of_recomputation(self) -> Value | None:
         """The value of the forward that runs again now, None outside of a recomputation.
@@ -76,7 +80,7 @@ class ForwardLog(Generic[Value]):
         """
         if torch.compiler.is_compiling() or not self._forwards:
             return None
-        number = _backward_sequence_number()
+        number = backward_sequence_number()
         if number is None:
             return None
         outer = self._latest.recomputed
@@ -115,15 +119,3 @@ class ForwardLog(Generic[Value]):
                 "forward, or train without gradient checkpointing."
             )
         return found[0] if found else None
-
-
-def _next_sequence_number() -> int:
-    return torch.autograd._get_sequence_nr()
-
-
-def _backward_sequence_number() -> int | None:
-    """Sequence number of the autograd node that runs now, None outside of backward."""
-    if torch._C._current_graph_task_id() == -1:
-        return None
-    node = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .config import TLoraConfig
+from ..config import TLoraConfig
+from ..schedule import RankSchedule
 from .encoding import Encoded, decode_schedule
-from .schedule import RankSchedule
 
 SCHEDULE = ".lora_schedule.weight"
 _LAMBDA = ".lora_lambda.weight"

@@ -11,13 +11,13 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from .encoding import Encoded, decode_schedule, encode_schedule
+from ..functional import autocast_dtype
+from ..integrations.torch import is_traced
+from ..timestep.state import TimestepLayer
+from ..weights.encoding import Encoded, decode_schedule, encode_schedule
+from ..weights.start import Recipe, Start, rebuild, widened
 from .factors import Factor, Projection, Scale, plain_weight
-from .frozen import Recipe, Start, rebuild, widened
-from .functional import autocast_dtype
-from .integrations.torch import is_traced
 from .ranks import groups_of
-from .timestep.state import TimestepLayer
 from .variant import TLoraVariant
 
 START = ("lora_A_init", "lora_B_init", "lora_lambda_init")

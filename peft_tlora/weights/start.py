@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .orthogonal import OrthoInit, derive_seed, random_triplets
+from ..orthogonal import OrthoInit, derive_seed, random_triplets
 
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import TLoraConfig
-from .imports import wrap_function
+from ..integrations.imports import wrap_function
 
 _TRAINING = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "min_rank"),
@@ -58,7 +58,7 @@ def _noted(save: Callable[..., Any]) -> Callable[..., Any]:
         names = tensors if isinstance(tensors, Mapping) else ()
         lambdas = [name for name in names if "lora_lambda" in name]
         if lambdas:
-            ours = ".lora_lambda." in lambdas[0]
+            ours = all(".lora_lambda" in name for name in lambdas)
             whole = ours and any(".lora_schedule." in name for name in names)
             if not whole:
                 message = _HALF if ours else _RENAMED

@@ -7,13 +7,13 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .config import TLoraConfig
+from ..config import TLoraConfig
+from ..orthogonal import OrthoInit, weight_triplets
+from ..schedule import RankSchedule
+from ..timestep.denoisers import Layout
+from ..weights.start import Start, new_start
 from .factors import Scale, empty_scale
-from .frozen import Start, new_start
-from .orthogonal import OrthoInit, weight_triplets
 from .ranks import Layer, groups_of
-from .schedule import RankSchedule
-from .timestep.denoisers import Layout
 from .variant import TLoraVariant
 
 _MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

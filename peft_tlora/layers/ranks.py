@@ -5,11 +5,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .functional import align_ranks, pair
+from ..functional import align_ranks, pair
+from ..schedule import RankSchedule, rank_mask
+from ..timestep.captured import CapturedTimestep
+from ..timestep.denoisers import Layout
 from .linear import Gate
-from .schedule import RankSchedule, rank_mask
-from .timestep.captured import CapturedTimestep
-from .timestep.denoisers import Layout
 
 # a peft_tlora.layer.TLoraLayer; torch types what hangs on a module as Tensor | Module
 Layer: TypeAlias = Any

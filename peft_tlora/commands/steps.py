@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 from PIL import Image, ImageDraw
 
-from .formats.bands import timestep_at
-from .formats.files import read_json, replaced
-from .schedule import RankSchedule
+from ..formats.bands import timestep_at
+from ..schedule import RankSchedule
+from ..weights.files import read_json, replaced
 
 
 @dataclass(frozen=True)

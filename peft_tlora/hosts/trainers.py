@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..integrations.imports import wrap_function
 from ..timestep.denoisers import GENERIC_ARGUMENTS
 from ..timestep.functions import timestep_from
 from ..timestep.state import states_of, timestep_context
-from .imports import wrap_function
 
 # functions that run a denoiser's blocks: "module:function" -> arguments of `timestep_from`
 FUNCTIONS: dict[str, dict[str, Any]] = {

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import LoraConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .config import TLoraConfig
-from .integrations import saving
-from .model import TLoraModel
-from .timestep.denoisers import find_denoiser
-from .timestep.functions import timestep_from as decorated
-from .timestep.state import TimestepLayer, TimestepState, states_of
+from ..config import TLoraConfig
+from ..hosts import saving
+from ..integrations.peft import lora_tuner
+from ..model import TLoraModel
+from ..timestep.denoisers import find_denoiser
+from ..timestep.functions import timestep_from as decorated
+from ..timestep.state import TimestepLayer, TimestepState, states_of
 
 
 class NotTrainedError(RuntimeError):
@@ -120,12 +120,8 @@ def _exchanged(
             _report(model, adapter_name, new)
             return tuner
 
-    previous = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Exchange
-    try:
+    with lora_tuner(Exchange):
         yield
-    finally:
-        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = previous
 
 
 def convert(config: LoraConfig, **options: Any) -> TLoraConfig:

@@ -6,13 +6,13 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..functional import Factors, autocast_dtype, delta_weight
+from ..integrations.torch import is_traced, replicated
+from ..schedule import RankSchedule
+from ..timestep.denoisers import Layout
 from .factors import Projection, Scale, plain_weight
-from .functional import Factors, autocast_dtype, delta_weight
-from .integrations.torch import is_traced, replicated
 from .linear import Gate, adapted_linear, add_update
 from .ranks import ActiveRanks, Layer, Rows, groups_of
-from .schedule import RankSchedule
-from .timestep.denoisers import Layout
 
 # the containers of a layer in the order of Factors
 _FACTORS = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from .functional import Factors, add_product
+from ..functional import Factors, add_product
 
 Gate = float | Tensor
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .frozen import Recipe
-from .orthogonal import ORTHO_INITS
-from .schedule import RANK_SCHEDULES, TIMESTEP_TYPES, RankSchedule
+from ..orthogonal import ORTHO_INITS
+from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES, RankSchedule
+from .start import Recipe
 
 _VERSION = 1
 # version, kind, exponent, min_rank, whether it is a fraction, num_train_timesteps, reversed,

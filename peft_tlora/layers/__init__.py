@@ -1,0 +1,1 @@
+"""What an adapter computes in each kind of layer."""
