@@ -7,15 +7,13 @@ from peft import LoraConfig, PeftType
 
 from .orthogonal import ORTHO_INITS, ORTHO_SOURCES, OrthoInit, OrthoSource
 from .schedule import (
-    RANK_SCHEDULES,
-    TIMESTEP_TYPES,
+    SCHEDULE_FIELDS,
     RankSchedule,
     RankScheduleKind,
     TimestepType,
     check_choice,
     check_min_rank,
     check_multiple,
-    check_positive,
     check_rank,
 )
 
@@ -144,16 +142,12 @@ class TLoraConfig(LoraConfig):
             num_train_timesteps = self.num_train_timesteps
         if self.timestep_reversed is not None:
             timestep_reversed = self.timestep_reversed
-        return RankSchedule(
-            r=r,
-            min_rank=self.min_rank,
-            kind=self.rank_schedule,
-            exponent=float(self.schedule_exponent),
-            num_train_timesteps=float(num_train_timesteps),
-            timestep_reversed=timestep_reversed,
-            timestep_type=self.timestep_type or timestep_type,
-            rank_multiple=self.rank_multiple,
-        )
+        unit = {
+            "num_train_timesteps": float(num_train_timesteps),
+            "timestep_reversed": timestep_reversed,
+            "timestep_type": self.timestep_type or timestep_type,
+        }
+        return RankSchedule(r, **{name: getattr(self, name) for name in SCHEDULE_FIELDS} | unit)
 
     def _check_lora_options(self) -> None:
         defaults = {
@@ -183,28 +177,21 @@ class TLoraConfig(LoraConfig):
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}.")
 
     def _check_schedule(self) -> None:
-        check_min_rank(self.min_rank, self.r)
-        check_multiple(self.rank_multiple, self.r, self.min_rank)
         for pattern, r in (self.rank_pattern or {}).items():
             where = f"rank_pattern[{pattern!r}]"
             check_rank(r, where)
             check_min_rank(self.min_rank, r, where)
             check_multiple(self.rank_multiple, r, self.min_rank, where)
-        check_choice(self.rank_schedule, RANK_SCHEDULES, "rank_schedule")
-        check_positive(self.schedule_exponent, "schedule_exponent")
+        self.schedule(self.r, 1000.0, False, "linear")
         if self.rank_schedule == "constant" and self.schedule_exponent != 1:
             raise ValueError(
                 f"schedule_exponent={self.schedule_exponent} has no effect with "
                 "rank_schedule='constant'; leave it 1.0 or choose 'power' or 'cosine'."
             )
-        if self.num_train_timesteps is not None:
-            check_positive(self.num_train_timesteps, "num_train_timesteps")
         if self.timestep_reversed not in (None, True, False):
             raise TypeError(
                 f"timestep_reversed must be a bool or None, got {self.timestep_reversed!r}."
             )
-        if self.timestep_type is not None:
-            check_choice(self.timestep_type, TIMESTEP_TYPES, "timestep_type (if not None)")
         if self.timestep_type == "log_sigma":
             for name in ("num_train_timesteps", "timestep_reversed"):
                 if getattr(self, name) is not None:

@@ -1,7 +1,7 @@
 """Timestep -> active rank -> mask: the rank schedule of T-LoRA as pure functions of tensors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args, overload
 
 import torch
@@ -24,23 +24,38 @@ class RankSchedule:
     Args:
         r: The layer's rank.
         min_rank: Ranks active at pure noise: an int is a rank, a float a fraction of `r`.
-        kind: Shape of the schedule, one of `RANK_SCHEDULES`.
-        exponent: The paper's alpha.
+        rank_schedule: Its shape, one of `RANK_SCHEDULES`.
+        schedule_exponent: The paper's alpha.
         num_train_timesteps: The timestep T that means pure noise (or clean, if reversed).
         timestep_reversed: Whether the model counts time from noise (0) to clean (T).
         timestep_type: "linear" for time that runs from 0 to T, "log_sigma" for 0.25 ln(sigma); None
             for linear time whose values may turn out to be 0.25 ln(sigma).
         rank_multiple: Ranks that switch on together; `r` and an int `min_rank` are multiples of it.
+
+    Raises:
+        ValueError: If a value is out of its range or no choice.
+        TypeError: If a value has the wrong type.
     """
 
     r: int
     min_rank: int | float = 0.5
-    kind: RankScheduleKind = "power"
-    exponent: float = 1.0
+    rank_schedule: RankScheduleKind = "power"
+    schedule_exponent: float = 1.0
     num_train_timesteps: float = 1000.0
     timestep_reversed: bool = False
     timestep_type: TimestepType | None = "linear"
     rank_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every field, as some come from files."""
+        check_rank(self.r, "r")
+        check_min_rank(self.min_rank, self.r)
+        check_multiple(self.rank_multiple, self.r, self.min_rank)
+        check_choice(self.rank_schedule, RANK_SCHEDULES, "rank_schedule")
+        check_positive(self.schedule_exponent, "schedule_exponent")
+        check_positive(self.num_train_timesteps, "num_train_timesteps")
+        if self.timestep_type is not None:
+            check_choice(self.timestep_type, TIMESTEP_TYPES, "timestep_type (if not None)")
 
     @property
     def r_min(self) -> int:
@@ -82,7 +97,7 @@ class RankSchedule:
             t = t.clamp(0.0, total)
             if self.timestep_reversed:
                 t = total - t
-        match self.kind:
+        match self.rank_schedule:
             case "constant":
                 return torch.full_like(t, self.r, dtype=torch.long)
             case "cosine":
@@ -91,8 +106,12 @@ class RankSchedule:
                 clean = (total - t) / total
         multiple = self.rank_multiple
         varying = (self.r - self.r_min) // multiple
-        share = clean**self.exponent + _ROUNDING
+        share = clean**self.schedule_exponent + _ROUNDING
         return torch.floor(share * varying).long() * multiple + self.r_min
+
+
+# what a config, a file and a schedule say alike
+SCHEDULE_FIELDS = tuple(field.name for field in fields(RankSchedule) if field.name != "r")
 
 
 @overload
@@ -163,13 +182,6 @@ def active_rank(
         ValueError: If a value is out of its range or `rank_schedule` is unknown.
         TypeError: If a value has the wrong type.
     """
-    check_rank(r, "r")
-    check_min_rank(min_rank, r)
-    check_multiple(rank_multiple, r, min_rank)
-    check_choice(rank_schedule, RANK_SCHEDULES, "rank_schedule")
-    check_positive(schedule_exponent, "schedule_exponent")
-    check_positive(num_train_timesteps, "num_train_timesteps")
-    check_choice(timestep_type, TIMESTEP_TYPES, "timestep_type")
     if not isinstance(timestep, Tensor) and not math.isfinite(timestep):
         raise ValueError(f"timestep must be a finite number, got {timestep}.")
     schedule = RankSchedule(

@@ -17,8 +17,8 @@ from .tiny import families
 
 SCHEDULES = {
     "power": RankSchedule(16, 8),
-    "exponent": RankSchedule(16, 4, exponent=2.0),
-    "cosine": RankSchedule(12, 0, kind="cosine", exponent=0.5),
+    "exponent": RankSchedule(16, 4, schedule_exponent=2.0),
+    "cosine": RankSchedule(12, 0, rank_schedule="cosine", schedule_exponent=0.5),
     "reversed": RankSchedule(16, 8, num_train_timesteps=1.0, timestep_reversed=True),
     "log sigma": RankSchedule(16, 8, timestep_type="log_sigma"),
     "groups": RankSchedule(16, 8, rank_multiple=2),
@@ -52,7 +52,7 @@ def test_fewer_bands_cover_all_noises_and_are_off_by_half_a_band_at_most(count):
 
 
 def test_a_constant_schedule_needs_one_band_and_none_raises():
-    assert len(split_bands(RankSchedule(16, 8, kind="constant"), 5)) == 1
+    assert len(split_bands(RankSchedule(16, 8, rank_schedule="constant"), 5)) == 1
     with pytest.raises(ValueError, match=r"lie in \[1, 1000\], got 0"):
         split_bands(SCHEDULES["power"], 0)
 

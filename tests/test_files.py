@@ -65,7 +65,9 @@ def saying(version=1, **fields):
     def change(tensor):
         said = decode_schedule(tensor, 6, "layer")
         with mock.patch.object(encoding, "_VERSION", version):
-            return encode_schedule(said._replace(schedule=replace(said.schedule, **fields)))
+            for name, value in fields.items():
+                object.__setattr__(said.schedule, name, value)  # unchecked, as a file may say it
+            return encode_schedule(said)
 
     return change
 
@@ -86,7 +88,7 @@ def test_a_truncated_file_raises(file, keep):
         ({"lora_lambda": lambda t: t.flatten()}, r"of shape \(6,\) should be \(6, 1\)"),
         ({"lora_B": lambda t: t.flatten()}, "its factors have shapes"),
         ({"lora_A": lambda t: t.long()}, "not of floating point"),
-        ({"lora_A": lambda t: t[:0]}, r"rank must lie in \[1, 65536\], got 0"),
+        ({"lora_A": lambda t: t[:0]}, "r must be at least 1, got 0"),
         ({"lora_schedule": lambda t: digit(t, (int(t[9]) + 1) % 8)}, "doesn't add up"),
         ({"lora_schedule": lambda t: digit(t, 8)}, "isn't of whole numbers from 0 to 7"),
         ({"lora_schedule": lambda t: t / 2}, "whole numbers.*Or the file is damaged"),
@@ -94,7 +96,7 @@ def test_a_truncated_file_raises(file, keep):
         ({"lora_schedule": lambda t: t[:14]}, r"shape \(\d+,\), got \(14,\): .*another version"),
         ({"lora_schedule": saying(min_rank=100)}, "min_rank"),
         ({"lora_schedule": saying(min_rank=float("inf"))}, "min_rank"),
-        ({"lora_schedule": saying(exponent=float("nan"))}, "exponent"),
+        ({"lora_schedule": saying(schedule_exponent=float("nan"))}, "exponent"),
         ({"lora_schedule": saying(version=2)}, "has version 2"),
     ],
 )

@@ -5,24 +5,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from ..formats.adapter import check_schedule
-from ..schedule import RankSchedule, check_rank
+from ..schedule import SCHEDULE_FIELDS, RankSchedule
 from ..weights.files import open_checkpoint
 from .options import adapter_of, add_direction, add_facts, bold
 from .steps import load_scheduler, plot, steps_of, transitions
 
 HELP = "show the active rank over timesteps or a scheduler's steps"
 # option -> field of RankSchedule
-_FIELDS = {
-    "rank": "r",
-    "min_rank": "min_rank",
-    "rank_schedule": "kind",
-    "schedule_exponent": "exponent",
-    "num_train_timesteps": "num_train_timesteps",
-    "timestep_reversed": "timestep_reversed",
-    "timestep_type": "timestep_type",
-    "rank_multiple": "rank_multiple",
-}
 # what every file with a schedule says, and what is of files alone
 _NEVER_MISSING = {"r", "timestep_reversed", "timestep_type", "rank_multiple"}
 _OF_ADAPTERS = ("sig_type", "boundary_timestep", "base", "hparams", "config", "component")
@@ -79,11 +68,8 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RankSchedule:
-    given: dict[str, Any] = {
-        field: getattr(args, option)
-        for option, field in _FIELDS.items()
-        if getattr(args, option) is not None
-    }
+    options = {"r": args.rank, **{name: getattr(args, name) for name in SCHEDULE_FIELDS}}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if args.adapter is not None:
         if given.keys() & _NEVER_MISSING:
             parser.error("--adapter has a schedule: leave the other fields out")
@@ -92,10 +78,7 @@ def _schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rank
         return max((layer.schedule for layer in layers), key=lambda schedule: schedule.r)
     if any(getattr(args, name) for name in _OF_ADAPTERS):
         parser.error("options of a file need --adapter")
-    schedule = RankSchedule(**{"r": 16, **given})
     try:
-        check_rank(schedule.r, "rank")
-        check_schedule(schedule)
+        return RankSchedule(**{"r": 16, **given})
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    return schedule

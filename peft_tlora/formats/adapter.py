@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Factors, delta_weight
-from ..schedule import (
-    RANK_SCHEDULES,
-    RankSchedule,
-    check_choice,
-    check_min_rank,
-    check_multiple,
-    check_positive,
-)
+from ..schedule import RankSchedule
 from ..weights.fit import check_factors, check_fit, weight_of
 from ..weights.names import check_name
 from ..weights.start import Recipe
@@ -129,17 +122,7 @@ class Adapter:
             check_fit(name, layer.factors.dq, layer.factors.dp, weight)
 
 
-def check_schedule(schedule: RankSchedule) -> None:
-    """Raise unless all values of a schedule, which may come from a file, are in their ranges."""
-    check_min_rank(schedule.min_rank, schedule.r)
-    check_multiple(schedule.rank_multiple, schedule.r, schedule.min_rank)
-    check_choice(schedule.kind, RANK_SCHEDULES, "rank_schedule")
-    check_positive(schedule.exponent, "schedule_exponent")
-    check_positive(schedule.num_train_timesteps, "num_train_timesteps")
-
-
 def _check_layer(layer: AdapterLayer) -> None:
     check_factors(layer.factors, layer.schedule.r)
-    check_schedule(layer.schedule)
     if not (math.isfinite(layer.lora_alpha) and layer.lora_alpha >= 0):
         raise ValueError(f"lora_alpha must be finite and at least 0, got {layer.lora_alpha}.")

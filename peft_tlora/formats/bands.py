@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..schedule import RankSchedule
+from ..schedule import SCHEDULE_FIELDS, RankSchedule
 from ..weights.files import read_json, replaced_together, write_json
 from .adapter import Adapter
 from .lora import LORA_WRITERS
@@ -51,7 +51,7 @@ def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
     """
     if not 1 <= count <= _MOST:
         raise ValueError(f"The number of bands must lie in [1, {_MOST}], got {count}.")
-    if schedule.kind == "constant":
+    if schedule.rank_schedule == "constant":
         return [Band((1.0, 0.0), 0.0)]
     edges = [_noise_at(schedule, i / count) for i in range(count + 1)]
     middles = [_noise_at(schedule, (i + 0.5) / count) for i in range(count)]
@@ -162,8 +162,9 @@ def _described(
 def _one_schedule(adapter: Adapter) -> RankSchedule:
     """The schedule of the layers, the one with the largest rank if that differs."""
     schedules = sorted({layer.schedule for layer in adapter.layers.values()}, key=lambda s: s.r)
+    of_ranks = ("min_rank", "rank_multiple")
     fields = {
-        (s.kind, s.exponent, s.num_train_timesteps, s.timestep_reversed, s.timestep_type)
+        tuple(getattr(s, name) for name in SCHEDULE_FIELDS if name not in of_ranks)
         for s in schedules
     }
     if len(fields) > 1:
@@ -173,7 +174,7 @@ def _one_schedule(adapter: Adapter) -> RankSchedule:
 
 def _noise_at(schedule: RankSchedule, clean: float) -> float:
     """The noise at which the schedule's share of the varying ranks is `clean`."""
-    share = clean ** (1 / schedule.exponent)
-    if schedule.kind == "cosine":
+    share = clean ** (1 / schedule.schedule_exponent)
+    if schedule.rank_schedule == "cosine":
         return math.acos(2 * share - 1) / math.pi
     return 1 - share

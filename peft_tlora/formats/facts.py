@@ -79,8 +79,8 @@ class TrainingFacts:
         return RankSchedule(
             r,
             min_rank=self.min_rank,  # pyright: ignore[reportArgumentType]
-            kind=self.rank_schedule,  # pyright: ignore[reportArgumentType]
-            exponent=float(self.schedule_exponent or 0),
+            rank_schedule=self.rank_schedule,  # pyright: ignore[reportArgumentType]
+            schedule_exponent=float(self.schedule_exponent or 0),
             num_train_timesteps=float(self.num_train_timesteps or 0),
         )
 

@@ -78,7 +78,9 @@ class ActiveRanks:
     def follow_timestep(self, module: Layer) -> bool:
         """Whether the ranks follow a timestep: those of a model without time are all active."""
         state = module.timestep_state
-        return self.schedule.kind != "constant" and state is not None and state.is_followed()
+        return (
+            self.schedule.rank_schedule != "constant" and state is not None and state.is_followed()
+        )
 
     def mask(self, module: Layer, adapter: str, rank: int | Tensor | None, like: Tensor) -> Tensor:
         """The mask of the fused factors, with the dtype and device of `like`."""
@@ -167,7 +169,7 @@ class ActiveRanks:
     def _current(self, module: Layer) -> tuple[CapturedTimestep | None, int | Tensor | None]:
         """The timestep of the running forward and its active ranks; None if all are active."""
         state = module.timestep_state
-        if state is None or self.schedule.kind == "constant":
+        if state is None or self.schedule.rank_schedule == "constant":
             return None, None
         timestep = state.current()
         return timestep, None if timestep is None else state.active_rank(timestep, self.schedule)

@@ -47,9 +47,9 @@ class Encoded(NamedTuple):
 def encode_schedule(encoded: Encoded) -> Tensor:
     """Write what a layer's tensor says as octal digits, in float16 of shape (digits,)."""
     schedule, lora_alpha, use_rslora, recipe = encoded
-    kind, type_ = schedule.kind, schedule.timestep_type
+    kind, type_ = schedule.rank_schedule, schedule.timestep_type
     fields = [
-        *(_VERSION, RANK_SCHEDULES.index(kind), schedule.exponent),
+        *(_VERSION, RANK_SCHEDULES.index(kind), schedule.schedule_exponent),
         *(float(schedule.min_rank), isinstance(schedule.min_rank, float)),
         *(schedule.num_train_timesteps, schedule.timestep_reversed, lora_alpha, use_rslora),
         _NONE if type_ is None else TIMESTEP_TYPES.index(type_),
@@ -109,16 +109,19 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
             f"peft_tlora doesn't know, which writes version {_VERSION}: install the one that wrote "
             "the file."
         )
-    schedule = RankSchedule(
-        r=r,
-        min_rank=min_rank if is_fraction else int(min_rank),
-        kind=RANK_SCHEDULES[kind],  # pyright: ignore[reportArgumentType]
-        exponent=exponent,
-        num_train_timesteps=total,
-        timestep_reversed=is_reversed,
-        timestep_type=None if type_ == _NONE else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
-        rank_multiple=multiple,
-    )
+    try:
+        schedule = RankSchedule(
+            r,
+            min_rank if is_fraction else int(min_rank),
+            RANK_SCHEDULES[kind],  # pyright: ignore[reportArgumentType]
+            exponent,
+            total,
+            is_reversed,
+            None if type_ == _NONE else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
+            multiple,
+        )
+    except ValueError as error:
+        raise ValueError(f"lora_schedule of layer {layer[:200]}: {error}") from None
     recipe = None
     if choice != _NONE:
         recipe = Recipe(ORTHO_INITS[choice], seed, name, in_features, fields[15:])  # pyright: ignore[reportArgumentType]

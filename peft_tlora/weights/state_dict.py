@@ -3,13 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..config import TLoraConfig
-from ..schedule import RankSchedule
+from ..schedule import SCHEDULE_FIELDS, RankSchedule
 from .encoding import Encoded, decode_schedule
 
 SCHEDULE = ".lora_schedule.weight"
@@ -74,7 +73,10 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         for layer in layers
     }
     alphas = {layer: encoded.lora_alpha for layer, encoded in decoded.items()}
-    shared = {(replace(encoded.schedule, r=1), encoded.use_rslora) for encoded in decoded.values()}
+    shared = {
+        (*schedule_fields(encoded.schedule).items(), encoded.use_rslora)
+        for encoded in decoded.values()
+    }
     if len(shared) > 1:
         raise ValueError(
             f"The layers of one adapter must share one schedule, found {len(shared)}: {shared}."
@@ -96,16 +98,9 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
 
 def schedule_fields(schedule: RankSchedule) -> dict[str, Any]:
     """The fields of a config whose layers of rank `schedule.r` have just this schedule."""
-    fields: dict[str, Any] = {
-        "min_rank": schedule.min_rank,
-        "rank_schedule": schedule.kind,
-        "schedule_exponent": schedule.exponent,
-        "timestep_type": schedule.timestep_type,
-        "rank_multiple": schedule.rank_multiple,
-    }
-    if schedule.timestep_type == "linear":
-        fields["num_train_timesteps"] = schedule.num_train_timesteps
-        fields["timestep_reversed"] = schedule.timestep_reversed
+    fields = {name: getattr(schedule, name) for name in SCHEDULE_FIELDS}
+    if schedule.timestep_type != "linear":
+        del fields["num_train_timesteps"], fields["timestep_reversed"]
     return fields
 
 
