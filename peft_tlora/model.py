@@ -17,7 +17,7 @@ from .hosts.diffusers import (
     refuse_other_base,
     weights_of_file,
 )
-from .layers.dispatch import as_tlora_layer
+from .layers.dispatch import become_tlora_layer
 from .layers.initialization import add_tlora
 from .layers.layer import TLoraLayer
 from .layers.ranks import Layer
@@ -171,18 +171,16 @@ class TLoraModel(LoraModel):
         tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())
         if tied or isinstance(layer, Embedding):
             return  # sees no timestep: plain LoRA at full rank
-        layer = self._add_tlora(layer, adapter_name, lora_config, current_key)
-        setattr(parent, target_name, layer)
+        self._add_tlora(layer, adapter_name, lora_config, current_key)
         if isinstance(layer, MultiheadAttention):
-            base = layer.get_base_layer()
-            key = f"{current_key}.out_proj"
-            base.out_proj = self._add_tlora(base.out_proj, adapter_name, lora_config, key)
+            inner = layer.get_base_layer().out_proj
+            self._add_tlora(inner, adapter_name, lora_config, f"{current_key}.out_proj")
 
     def _add_tlora(
         self, layer: Layer, adapter_name: str, config: TLoraConfig, layer_name: str
-    ) -> Layer:
+    ) -> None:
         """Turn the adapter that PEFT has just added to a layer into T-LoRA."""
-        layer = as_tlora_layer(layer, layer_name)
+        become_tlora_layer(layer, layer_name)
         found = find_denoiser(self.model, layer_name)
         denoiser = Denoiser() if found is None else found[1]
         inside = layer_name if found is None else name_inside(self.model, layer_name, found[0])
@@ -201,7 +199,6 @@ class TLoraModel(LoraModel):
         lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         if config.ortho_init is not None and r > min(lora_A[0].numel(), len(lora_B)):
             self._oversized.append(layer_name)
-        return layer
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.linalg
@@ -17,9 +17,23 @@ ORTHO_INITS: tuple[str, ...] = get_args(OrthoInit)
 ORTHO_SOURCES: tuple[str, ...] = get_args(OrthoSource)
 
 
+class Triplets(NamedTuple):
+    """Singular triplets, in the order of `functional.Factors`.
+
+    Args:
+        q: Right singular vectors of shape (r, in), the rows of the down-projection.
+        p: Left singular vectors of shape (out, r), the columns of the up-projection.
+        lam: Singular values of shape (r,), in descending order.
+    """
+
+    q: Tensor
+    p: Tensor
+    lam: Tensor
+
+
 def random_triplets(
     out_features: int, in_features: int, r: int, choice: OrthoInit, *, seed: int, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Triplets:
     """Draw r singular triplets of R, an (out, in) matrix with entries N(0, (1/r)^2).
 
     R is bi-orthogonally invariant, so its singular vectors are Haar frames independent of its
@@ -41,27 +55,23 @@ def random_triplets(
         name: The layer's name.
 
     Returns:
-        P of shape (out, r), lambda of shape (r,) in descending order, and Q of shape (r, in), in
-        float32 on the CPU.
+        The triplets in float32 on the CPU.
     """
     k = min(r, out_features, in_features)
     values = _singular_values(out_features, in_features, r, choice, seed)
     rng = _generator(seed, name)
     left = _haar_frame(out_features, k, rng)
     right = _haar_frame(in_features, k, rng)
-    return _with_surplus(_rounded(left), _rounded(values), _rounded(right.mT), r, rng)
+    return _with_surplus(_rounded(right.mT), _rounded(left), _rounded(values), r, rng)
 
 
-def weight_triplets(
-    weight: Tensor, r: int, choice: OrthoInit, *, seed: int, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def weight_triplets(weight: Tensor, r: int, choice: OrthoInit, *, seed: int, name: str) -> Triplets:
     """The singular triplets of a weight matrix of shape (out, in); else as `random_triplets`."""
     left, values, right = torch.linalg.svd(weight.detach().cpu().float(), full_matrices=False)
     window = _window(len(values), min(r, len(values)), choice)
     rng = _generator(seed, name)
-    kept = (left[:, window], values[window], right[window])
-    left, values, right = (_rounded(factor) for factor in kept)
-    return _with_surplus(left, values, right, r, rng)
+    q, p, lam = map(_rounded, (right[window], left[:, window], values[window]))
+    return _with_surplus(q, p, lam, r, rng)
 
 
 def derive_seed(seed: int, name: str) -> int:
@@ -147,16 +157,14 @@ def _gaussian_singular_values(m: int, n: int, r: int, choice: OrthoInit, seed: i
     return np.maximum(eigenvalues[::-1], 0.0)
 
 
-def _with_surplus(
-    left: Tensor, values: Tensor, right: Tensor, r: int, rng: np.random.SFC64
-) -> tuple[Tensor, Tensor, Tensor]:
-    surplus = r - len(values)
+def _with_surplus(q: Tensor, p: Tensor, lam: Tensor, r: int, rng: np.random.SFC64) -> Triplets:
+    surplus = r - len(lam)
     if surplus:
-        extra_left = _gaussian(rng, left.shape[0], surplus)
-        extra_right = _gaussian(rng, surplus, right.shape[1])
-        extra_left /= extra_left.norm(dim=0, keepdim=True)
-        extra_right /= extra_right.norm(dim=1, keepdim=True)
-        left = torch.cat([left, _rounded(extra_left)], dim=1)
-        right = torch.cat([right, _rounded(extra_right)])
-        values = torch.cat([values, values.new_zeros(surplus)])
-    return left.contiguous(), values.contiguous(), right.contiguous()
+        extra_p = _gaussian(rng, p.shape[0], surplus)
+        extra_q = _gaussian(rng, surplus, q.shape[1])
+        extra_p /= extra_p.norm(dim=0, keepdim=True)
+        extra_q /= extra_q.norm(dim=1, keepdim=True)
+        p = torch.cat([p, _rounded(extra_p)], dim=1)
+        q = torch.cat([q, _rounded(extra_q)])
+        lam = torch.cat([lam, lam.new_zeros(surplus)])
+    return Triplets(q.contiguous(), p.contiguous(), lam.contiguous())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.layers.dispatch import as_tlora_layer
+from peft_tlora.layers.dispatch import become_tlora_layer
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 
@@ -282,7 +282,7 @@ def test_a_layer_of_an_unknown_class_raises_by_name():
 
     plain = NewLinear(nn.Linear(8, 8), "default", config=LoraConfig(), r=4)
     with pytest.raises(TypeError, match=r"NewLinear at to_q; leave it out with exclude_modules"):
-        as_tlora_layer(plain, "to_q")
+        become_tlora_layer(plain, "to_q")
 
 
 def test_rslora_patterns_and_min_rank_follow_each_layer(denoiser):

@@ -1,4 +1,4 @@
-"""Which T-LoRA layer takes the place of which of PEFT's LoRA layers."""
+"""Which T-LoRA layer one of PEFT's LoRA layers becomes."""
 
 from peft.tuners.lora import layer as lora
 from torch import nn
@@ -17,25 +17,23 @@ _LAYER_CLASSES: dict[type, type[TLoraLayer]] = {
 }
 
 
-def as_tlora_layer(layer: nn.Module, layer_name: str) -> Layer:
-    """The T-LoRA layer that takes the place of one of PEFT's LoRA layers.
+def become_tlora_layer(layer: Layer, layer_name: str) -> None:
+    """Make one of PEFT's LoRA layers the T-LoRA layer of its kind.
 
-    It shares all of the layer's state, so that its adapters and hooks stay in force.
+    Its class changes, so that its adapters, its hooks and every reference to it stay in force.
 
     Raises:
         TypeError: If T-LoRA doesn't support this kind of layer.
     """
     if isinstance(layer, TLoraLayer):
-        return layer
+        return
     cls = _LAYER_CLASSES.get(type(layer)) or quantized_class(type(layer))
     if cls is None:
         raise TypeError(
             f"T-LoRA does not support {type(layer).__module__}.{type(layer).__name__} at "
             f"{layer_name}; leave it out with exclude_modules."
         )
-    extended: Layer = cls.__new__(cls)
-    object.__setattr__(extended, "__dict__", layer.__dict__)
+    layer.__class__ = cls
     for name in ("lora_lambda", *FROZEN):
-        setattr(extended, name, nn.ModuleDict())
-    extended.recipes = {}
-    return extended
+        setattr(layer, name, nn.ModuleDict())
+    layer.recipes = {}

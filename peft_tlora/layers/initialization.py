@@ -102,5 +102,5 @@ def _weight_start(
             "ortho_source='random' or leave the layer out with exclude_modules."
         )
     matrix = transpose(weight, getattr(layer, "fan_in_fan_out", False)).flatten(1)
-    p0, lam0, q0 = weight_triplets(matrix, len(dq), choice, seed=seed, name=layer_name)
+    q0, p0, lam0 = weight_triplets(matrix, len(dq), choice, seed=seed, name=layer_name)
     return Start(q0.reshape(dq.shape), p0.reshape(dp.shape), lam0[:, None])

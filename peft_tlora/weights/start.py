@@ -95,7 +95,7 @@ def draw_start(
         )
         for group in range(groups)
     ]
-    p0, lam0, q0 = draws[0] if groups == 1 else map(torch.cat, zip(*draws, strict=True))
+    q0, p0, lam0 = draws[0] if groups == 1 else map(torch.cat, zip(*draws, strict=True))
     return Start(q0.reshape(dq.shape), p0.reshape(dp.shape), lam0[:, None])
 
 
