@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from peft_tlora import TLoraConfig  # in the place of peft.LoraConfig
 
@@ -31,8 +31,10 @@ for part in (pipe.unet, pipe.vae, pipe.text_encoder):
 config = TLoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 pipe.unet.add_adapter(config)
 
+picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGBA")
+picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 with torch.no_grad():
-    pixels = pipe.image_processor.preprocess(Image.open(args.image).convert("RGB"), 64, 64)
+    pixels = pipe.image_processor.preprocess(ImageOps.fit(picture, (64, 64)))
     latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     text = pipe.encode_prompt(args.prompt, "cpu", 1, do_classifier_free_guidance=False)[0]
 optimizer = torch.optim.AdamW([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-3)

@@ -1,7 +1,5 @@
 """T-LoRA for PEFT and diffusers: LoRA whose active rank follows the timestep."""
 
-from importlib.metadata import version
-
 from .config import TLoraConfig
 from .hosts import diffusers, saving, trainers
 from .integrations import peft
@@ -12,7 +10,7 @@ from .schedule import active_rank
 from .timestep.functions import timestep_from
 from .timestep.state import timestep_context
 
-__version__ = version("peft_tlora")
+__version__ = "0.1.0"
 __all__ = [
     "TLoraConfig",
     "TLoraModel",

@@ -29,6 +29,11 @@ def part_of(path):
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+def own_part(name):
+    """The part that a name of the package's root is of."""
+    return name if any(part_of(path) == name for path in MODULES) else "__init__"
+
+
 def imports(path):
     """Modules of the package that a module imports, as paths from the package."""
     package = path.relative_to(PACKAGE).parent.parts
@@ -36,7 +41,7 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
             module = (*base, *(node.module or "").split(".")) if node.module else base
-            yield from [module] if module else [(alias.name,) for alias in node.names]
+            yield from [module] if module else [(own_part(alias.name),) for alias in node.names]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

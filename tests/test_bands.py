@@ -136,20 +136,20 @@ def test_band_files_of_an_earlier_export_with_more_bands_are_removed_and_nothing
     content = json.loads((folder / "bands.json").read_text())
     content["bands"] += [{"file": name} for name in ("../other.safetensors", "own.safetensors")]
     (folder / "bands.json").write_text(json.dumps(content))
-    kept = [folder / "own.safetensors", folder / "band_99.safetensors"]
+    kept = [folder / "own.safetensors", folder / "bands_99.safetensors"]
     kept.append(tmp_path / "other.safetensors")
     for path in kept:
         path.write_text("the user's")
     write_bands(adapter, folder, count=2, family="sd")
-    assert sorted(path.name for path in folder.glob("band_*")) == [
-        "band_00.safetensors",
-        "band_01.safetensors",
-        "band_99.safetensors",
+    assert sorted(path.name for path in folder.glob("bands_*")) == [
+        "bands_00.safetensors",
+        "bands_01.safetensors",
+        "bands_99.safetensors",
     ]
     assert all(path.exists() for path in kept)
     (folder / "bands.json").write_text("[" * 100_000)
     write_bands(adapter, folder, count=1, family="sd")
-    assert (folder / "band_01.safetensors").exists()  # no list says that it is an earlier export's
+    assert (folder / "bands_01.safetensors").exists()  # no list says that it is an earlier export's
 
 
 @pytest.mark.parametrize("written", range(5))
@@ -164,11 +164,11 @@ def test_a_crash_while_bands_are_written_leaves_the_old_ones_alone(tmp_path, mon
 
 def test_a_crash_while_bands_take_their_places_leaves_no_list_of_a_mixture(tmp_path, monkeypatch):
     write_bands(families.adapter("sd", ["to_q"]), tmp_path, count=3, family="sd")
-    crash_while_moving(monkeypatch, "band_01.safetensors")
+    crash_while_moving(monkeypatch, f"{tmp_path.name}_01.safetensors")
     with pytest.raises(RuntimeError, match="power cut"):
         write_bands(families.adapter("sd", ["to_k"]), tmp_path, count=3, family="sd")
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"band_0{i}.safetensors" for i in range(3)
+        f"{tmp_path.name}_0{i}.safetensors" for i in range(3)
     }
 
 

@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import peft_tlora
 from peft_tlora import active_rank
 from peft_tlora.cli import main
 from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
@@ -162,7 +164,7 @@ def test_convert_to_bands_writes_the_files_and_the_tables(capsys, tmp_path, file
     options = ["--to", "comfyui", "--bands", 2]
     assert run(capsys, "convert", file, tmp_path / "bands", *options)[0] == 0
     names = {path.name for path in (tmp_path / "bands").iterdir()}
-    assert names == {"band_00.safetensors", "band_01.safetensors", "bands.json", "workflow.json"}
+    assert names == {"bands_00.safetensors", "bands_01.safetensors", "bands.json", "workflow.json"}
 
 
 def test_convert_says_how_many_bands_a_constant_schedule_has(capsys, tmp_path):
@@ -219,7 +221,7 @@ def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(capsys, 
     for to, place in (("peft", "taken"), ("lora", "taken/a.safetensors")):
         code, _, err = run(capsys, "convert", file, tmp_path / place, "--to", to)
         assert code == 1
-        assert err.startswith("error: ")
+        assert "error: " in err
     assert (tmp_path / "taken").read_text() == "a file"
 
 
@@ -370,3 +372,61 @@ def test_trained_tensors_without_what_they_need_raises(capsys, tmp_path, file, t
     code, _, err = run(capsys, "schedule", *config)
     assert code == 2
     assert "options of a file need --adapter" in err
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"peft_tlora {peft_tlora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--min-rnk", "1", "x.py"), "unknown: --min-rnk"),
+        (("run", "--min-rank", "50%", "x.py"), "'50%' is neither a rank such as 8 nor a fraction"),
+        (("run",), "which script"),
+    ],
+)
+def test_a_mistyped_command_says_what_is_wrong(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_options_behind_the_script_are_said_to_go_to_it(capsys, tmp_path):
+    (tmp_path / "train.py").write_text("")
+    assert run(capsys, "run", tmp_path / "train.py", "--min-rank=1", "--help")[0] == 1
+    main(["run", str(tmp_path / "train.py"), "--min-rank=1"])
+    assert "--min-rank stands behind the script" in capsys.readouterr().err
+
+
+def test_plain_lora_is_told_to_be_plain(capsys, tmp_path):
+    tensors = {
+        "unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.zeros(4, 8),
+        "unet.down_blocks.0.attentions.0.to_q.lora_B.weight": torch.zeros(8, 4),
+    }
+    path = foreign.save(tmp_path / "lora.safetensors", tensors)
+    for command in (("inspect", path), ("convert", path, tmp_path / "x", "--to", "diffusers")):
+        code, _, err = run(capsys, *command)
+        assert code == 1
+        assert "plain LoRA" in err
+    kohya = {
+        name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+        for name, tensor in tensors.items()
+    }
+    code, _, err = run(capsys, "inspect", foreign.save(tmp_path / "k.safetensors", kohya))
+    assert "k.safetensors is plain LoRA" in err
+
+
+def test_converting_without_a_timestep_says_that_all_ranks_act(capsys, tmp_path, file):
+    target = tmp_path / "plain.safetensors"
+    err = run(capsys, "convert", file, target, "--to", "lora")[2]
+    assert "warning: all ranks at every timestep" in err
+    assert not run(capsys, "convert", file, target, "--to", "lora", "--timestep", "5")[2]
+
+
+def test_alpha_and_the_scale_that_comes_of_it_are_told(capsys, tmp_path):
+    model = families.adapted("sd", ["to_q"], lora_alpha=2)
+    path = foreign.save(tmp_path / "a.safetensors", get_peft_model_state_dict(model, None, "toy"))
+    assert "2, scale 0.333333, not the authors' 1" in run(capsys, "inspect", path)[1]

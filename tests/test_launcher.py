@@ -57,10 +57,11 @@ def test_a_denoisers_adapter_becomes_t_lora_and_a_text_encoders_stays_lora(
     assert "unet TLoraConfig 4" in done.stdout
     assert "text LoraConfig" in done.stdout
     assert "min_rank 1" in done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.startswith("peft_tlora: ")]
+    lines = [line for line in done.stderr.splitlines() if "is T-LoRA in" in line]
     assert len(lines) == 1
     assert "adapter 'default' of UNet2DConditionModel is T-LoRA in 16 layers" in lines[0]
-    assert "min_rank=1" in lines[0]
+    assert "lora_alpha=4, scale 1, min_rank=1" in lines[0]
+    assert "loading the adapter needs `import peft_tlora`" in done.stderr
 
 
 def test_text_encoders_too_if_asked(tmp_path):

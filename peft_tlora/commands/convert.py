@@ -69,6 +69,8 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         warn(note)
     if args.to not in _OWN and as_file(args.destination).resolve() == file.path.resolve():
         parser.error("plain LoRA would replace the T-LoRA file that it is made of")
+    if args.to not in _OWN and args.bands is None and args.timestep is None:
+        warn("all ranks at every timestep, as if there were no noise: choose a mask by --timestep")
     report = _write(adapter, args)
     if args.json:
         print(json.dumps({**report, "layers": len(adapter.layers), "notes": adapter.notes}))

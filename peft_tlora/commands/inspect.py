@@ -67,11 +67,17 @@ def _summary(report: dict[str, Any]) -> dict[str, object]:
         "base": f"{report['family'] or 'unknown family'}, {report['component'] or 'unknown part'}",
         "method": {None: "unknown", True: "T-LoRA", False: "Vanilla T-LoRA"}[report["ortho"]],
         "rank": ", ".join(f"{r} in {n} layers" for r, n in report["ranks"].items()) or "unknown",
+        "alpha": f"{_list(report['lora_alpha'])}, scale {_list(report['scaling'])}"
+        + ("" if report["scaling"] in ([], [1.0]) else ", not the authors' 1"),
         "schedule": "unknown"
         if schedule is None
         else ", ".join(f"{name}={value}" for name, value in schedule.items()),
         "layers": kinds or "unknown",
     }
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values) or "unknown"
 
 
 def _number(value: float | None) -> str:

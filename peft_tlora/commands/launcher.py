@@ -72,6 +72,7 @@ def run_script(
             f"{script} made no LoRA adapter for a denoiser, so nothing was trained with T-LoRA. "
             "The script must build a peft.LoraConfig and add it to a model that takes a timestep."
         )
+    _say("loading the adapter needs `import peft_tlora` before")
     for adapter, model, states in made:
         if states and not any(state.was_set for state in states):
             raise NotTrainedError(
@@ -141,9 +142,12 @@ def _is_denoiser(model: nn.Module) -> bool:
 
 def _report(model: nn.Module, adapter_name: str, config: TLoraConfig) -> None:
     layers = sum(1 for module in model.modules() if isinstance(module, TimestepLayer))
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    other = "" if scale == 1 else ", not the authors' 1"
     _say(
         f"adapter '{adapter_name}' of {type(model).__name__} is T-LoRA in {layers} "
-        f"layers (r={config.r}, min_rank={config.min_rank}, {config.rank_schedule} schedule, "
+        f"layers (r={config.r}, lora_alpha={config.lora_alpha}, scale {scale:g}{other}, "
+        f"min_rank={config.min_rank}, {config.rank_schedule} schedule, "
         f"ortho_init={config.ortho_init})"
     )
 

@@ -81,7 +81,12 @@ def adapter_of(file: Checkpoint, args: argparse.Namespace) -> Adapter:
 
 def rank(text: str) -> int | float:
     """A rank or a fraction of it."""
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a rank such as 8 nor a fraction of r such as 0.5"
+        ) from None
 
 
 def bold(text: Any, stream: TextIO | None = None) -> str:

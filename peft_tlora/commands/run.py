@@ -36,16 +36,25 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a function of a module that the script imports, and its argument that is the "
         "timestep, where the script runs a model's blocks itself",
     )
-    option("script", help="path of the script")
+    option("script", nargs="?", help="path of the script")
     option("arguments", nargs=argparse.REMAINDER, help="its own arguments, untouched")
 
 
 def call(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     args = vars(arguments)
-    script, rest = args.pop("script"), args.pop("arguments")
+    script, rest = args.pop("script", None), args.pop("arguments", [])
     text_encoders = args.pop("text_encoders", False)
     functions = dict(args.pop("timestep_from", ()))
+    if script is None:
+        parser.error("which script? peft-tlora run [OPTIONS] train_script.py [ITS ARGUMENTS]")
+    misplaced = sorted({word.partition("=")[0] for word in rest} & _own_options(parser))
+    if misplaced:
+        print(
+            f"peft_tlora: {', '.join(misplaced)} stands behind the script and goes to it; "
+            "T-LoRA's options stand before it.",
+            file=sys.stderr,
+        )
     if not Path(script).is_file():
         parser.error(f"no such script: {script}")
     try:
@@ -58,6 +67,12 @@ def call(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _own_options(parser: argparse.ArgumentParser) -> set[str]:
+    """The options that no script is likely to have."""
+    names = {name for action in parser._actions for name in action.option_strings}
+    return {name for name in names if name.startswith("--") and name != "--help"}
 
 
 def _function(text: str) -> tuple[str, str]:

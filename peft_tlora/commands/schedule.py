@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,6 @@ from .options import adapter_of, add_direction, add_facts, bold
 from .steps import load_scheduler, plot, steps_of, transitions
 
 HELP = "show the active rank over timesteps or a scheduler's steps"
-# option -> field of RankSchedule
 # what every file with a schedule says, and what is of files alone
 _NEVER_MISSING = {"r", "timestep_reversed", "timestep_type", "rank_multiple"}
 _OF_ADAPTERS = ("sig_type", "boundary_timestep", "base", "hparams", "config", "component")
@@ -49,6 +49,7 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         steps = steps_of(schedule, load_scheduler(args.scheduler, args.shift), args.steps or 25)
     if args.plot is not None:
         plot(args.plot, schedule, steps)
+        print(f"wrote {args.plot}", file=sys.stderr)
     shown = steps if steps is not None else transitions(schedule)
     if args.json:
         fields = {**asdict(schedule), "r_min": schedule.r_min}

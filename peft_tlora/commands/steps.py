@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from PIL import Image, ImageDraw
 
 from ..formats.bands import timestep_at
 from ..schedule import RankSchedule
@@ -106,29 +105,25 @@ def plot(
         schedule: The schedule.
         steps: Steps to mark.
     """
-    width, height, margin = 640, 400, 48
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def at(noise: float, rank: float) -> tuple[float, float]:
-        x = margin + (1 - noise) * (width - 2 * margin)
-        return x, height - margin - rank / schedule.r * (height - 2 * margin)
-
-    draw.line([at(1, schedule.r), at(1, 0), at(0, 0)], fill="black")
-    line = []
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("A plot needs matplotlib: pip install 'peft_tlora[plot]'.") from None
     changes = transitions(schedule)
-    for now, after in zip(changes, [*changes[1:], Step(0, 0.0, changes[-1].rank)], strict=True):
-        line += [at(now.noise, now.rank), at(after.noise, now.rank)]
-    draw.line(line, fill="#c0392b", width=2)
-    for step in steps or []:
-        x, y = at(step.noise, step.rank)
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#2c3e50")
-    for rank in sorted({schedule.r_min, schedule.r}):
-        draw.text((8, at(1, rank)[1] - 6), str(rank), fill="black")
-    for noise, label in ((1.0, "noise"), (0.0, "clean")):
-        timestep = timestep_at(schedule, noise)
-        draw.text(
-            (at(noise, 0)[0] - 14, height - margin + 8), f"{label} {timestep:g}", fill="black"
-        )
+    noises = [*(step.noise for step in changes), 0.0]
+    ranks = [*(step.rank for step in changes), changes[-1].rank]
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.step(noises, ranks, where="post", color="#c0392b")
+    if steps:
+        axes.plot([s.noise for s in steps], [s.rank for s in steps], "o", color="#2c3e50", ms=4)
+    axes.set(
+        title=f"{schedule.rank_schedule} schedule, {schedule.r_min} to {schedule.r} ranks",
+        xlabel=f"share of noise, from timestep {timestep_at(schedule, 1.0):g} to "
+        f"{timestep_at(schedule, 0.0):g}",
+        ylabel="active ranks",
+        xlim=(1, 0),
+        ylim=(0, schedule.r * 1.05),
+    )
     with replaced(Path(path)) as new:
-        image.save(new, format="PNG")
+        figure.savefig(new, format="png", dpi=120)

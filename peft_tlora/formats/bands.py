@@ -118,7 +118,8 @@ def write_bands(
         for number, band in enumerate(split_bands(schedule, count)):
             timestep = timestep_at(schedule, band.mask_noise)
             lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
-            path = LORA_WRITERS[to](lora, new / f"band_{number:02}.safetensors", family=family)
+            name = f"{_prefix(folder)}{number:02}.safetensors"
+            path = LORA_WRITERS[to](lora, new / name, family=family)
             bands.append(_described(path.name, band, schedule, sampling))
         about = None if sampling is None else sampling.described()
         write_json(new / _BANDS, {"version": 1, "sampling": about, "bands": bands})
@@ -129,11 +130,17 @@ def write_bands(
     return folder
 
 
+def _prefix(folder: Path) -> str:
+    """How band files begin: with the folder's name, as other programs gather all in one place."""
+    return f"{folder.resolve().name}_"
+
+
 def _listed(path: Path) -> set[str]:
     """The band files in an earlier export's list, none if there is no such list."""
     try:
         files = [band["file"] for band in read_json(path)["bands"]]
-        return {name for name in files if re.fullmatch(r"band_\d\d+\.safetensors", name)}
+        ours = re.compile(re.escape(_prefix(path.parent)) + r"\d\d+\.safetensors")
+        return {name for name in files if ours.fullmatch(name)}
     except (KeyError, TypeError, ValueError):
         return set()
 

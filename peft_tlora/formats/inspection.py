@@ -80,6 +80,7 @@ def describe(adapter: Adapter, *, schedule_known: bool = True) -> dict[str, Any]
         "ortho": one.is_ortho,
         "ranks": dict(sorted(ranks.items())),
         "lora_alpha": sorted({layer.lora_alpha for layer in adapter.layers.values()}),
+        "scaling": sorted({layer.scaling for layer in adapter.layers.values()}),
         "schedule": schedule if schedule_known else None,
         "kinds": dict(Counter(_kind(n, layer) for n, layer in adapter.layers.items())),
         "layers": {name: _layer(layer) for name, layer in adapter.layers.items()},
@@ -88,7 +89,14 @@ def describe(adapter: Adapter, *, schedule_known: bool = True) -> dict[str, Any]
 
 def _unread() -> dict[str, Any]:
     names = ("component", "family", "ortho", "schedule")
-    return {**dict.fromkeys(names), "ranks": {}, "lora_alpha": [], "kinds": {}, "layers": {}}
+    return {
+        **dict.fromkeys(names),
+        "ranks": {},
+        "lora_alpha": [],
+        "scaling": [],
+        "kinds": {},
+        "layers": {},
+    }
 
 
 def _read(

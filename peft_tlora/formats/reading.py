@@ -1,6 +1,7 @@
 """Which format a file has, and the adapter in it."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,6 +63,9 @@ FORMATS = {
 }
 
 
+_PLAIN = re.compile(r"(lora_(A|B|down|up)|lora\.(down|up))(\.[^.]+)?\.weight$|\.alpha$")
+
+
 def format_of(file: Checkpoint) -> str:
     """The format of an opened file, a key of `FORMATS`.
 
@@ -71,7 +75,12 @@ def format_of(file: Checkpoint) -> str:
     found = [name for name, format in FORMATS.items() if format.matches(file)]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(repr(name[:80]) for name in list(file.tensors)[:3])
+    names = ", ".join(repr(name[-80:]) for name in list(file.tensors)[:3])
+    if file.tensors and all(_PLAIN.search(name) for name in file.tensors):
+        raise ValueError(
+            f"{file.path} is plain LoRA: its {len(file.tensors)} tensors, such as {names}, are "
+            "LoRA's alone, and nothing in it tells of T-LoRA."
+        )
     raise ValueError(
         f"{file.path} is no T-LoRA file of a known format ({', '.join(FORMATS)}), or a mixture of "
         f"several: it has {len(file.tensors)} tensors, such as {names or 'none'}."
