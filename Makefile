@@ -3,7 +3,7 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 
-.PHONY: demo evidence evidence-full test lint clean
+.PHONY: demo evidence evidence-full test lint docs dist clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python examples/demo.py --output "$(OUTPUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -28,5 +28,14 @@ $(VENV)/%.done: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e ".[$*]"
 	touch $@
 
+docs: $(VENV)/dev.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+
+# what is uploaded: a wheel, and an sdist from which the tests run
+dist: $(VENV)/dev.done
+	rm -rf dist
+	$(BIN)/python -m build --installer pip . > /dev/null
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) "$(OUTPUT)" evidence-output
+	rm -rf site dist $(VENV) "$(OUTPUT)" evidence-output
