@@ -20,7 +20,7 @@ from .config import TLoraConfig
 from .functional import interleave
 from .layers.factors import Factor
 from .layers.layer import TLoraLayer
-from .layers.ranks import Layer, groups_of
+from .layers.protocol import groups_of
 from .schedule import RankSchedule
 from .weights.state_dict import schedule_fields
 
@@ -169,7 +169,7 @@ def _plain_config(config: TLoraConfig, combination: Combination) -> TLoraConfig:
 
 
 def _write_plainly(
-    layer: Layer, adapter: str, combination: Combination, undo: list[tuple[Any, str, object]]
+    layer: Any, adapter: str, combination: Combination, undo: list[tuple[Any, str, object]]
 ) -> None:
     """Exchange an adapter's factors in a layer, and note what undoes it: (container, name, value).
 
@@ -192,7 +192,7 @@ def _write_plainly(
 
 
 @torch.no_grad()
-def _plain_factors(layer: Layer, adapter: str, combination: Combination) -> tuple[Tensor, Tensor]:
+def _plain_factors(layer: Any, adapter: str, combination: Combination) -> tuple[Tensor, Tensor]:
     """Down- and up-projection without gate, masked if the combination has one mask."""
     variant = layer.tlora_variant(adapter) if isinstance(layer, TLoraLayer) else None
     if variant is None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Embedding, MultiheadAttention
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from .hosts.diffusers import (
 from .layers.dispatch import become_tlora_layer
 from .layers.initialization import add_tlora
 from .layers.layer import TLoraLayer
-from .layers.ranks import Layer
 from .regularization import orthogonality_loss
 from .timestep.denoisers import Denoiser, find_denoiser, name_inside
 from .timestep.hooks import connect, disconnect
@@ -35,6 +34,11 @@ _NO_CONVERSION = (
 def _gives_unit(config: Any) -> bool:
     fields = ("num_train_timesteps", "timestep_reversed", "timestep_type")
     return any(getattr(config, name, None) is not None for name in fields)
+
+
+def _custom(config: Any) -> tuple[type, ...]:
+    """Classes that the user has registered with layers of their own."""
+    return tuple(getattr(config, "_custom_modules", None) or ())
 
 
 class TLoraModel(LoraModel):
@@ -67,26 +71,12 @@ class TLoraModel(LoraModel):
             raise
         if getattr(config, "init_seed", 0) is None:
             config.init_seed = int(torch.randint(2**62, ()))  # in the config, where a file finds it
-        self._oversized: list[str] = []
-        self._unmasked: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         connect(model, unit_is_given=_gives_unit(config))
         if weights is not None:
             self._follow(adapter_name, weights)
         self._remember(adapter_name, config)
-        if self._unmasked:
-            warnings.warn(
-                f"{len(self._unmasked)} layers are of classes registered as custom modules, whose "
-                "adapters compute what the class says and have no T-LoRA mask: "
-                f"{', '.join(self._unmasked)}.",
-                stacklevel=2,
-            )
-        if self._oversized:
-            warnings.warn(
-                f"r exceeds the smaller dimension of {len(self._oversized)} layers: "
-                f"{', '.join(self._oversized)}. Their surplus ranks start with singular value 0.",
-                stacklevel=2,
-            )
+        self._warn_of_layers(adapter_name, config)
 
     def add_weighted_adapter(
         self,
@@ -129,6 +119,32 @@ class TLoraModel(LoraModel):
         """How far the factors are from orthonormal; see `peft_tlora.orthogonality_loss`."""
         return orthogonality_loss(self, adapter_names)
 
+    def _warn_of_layers(self, adapter_name: str, config: Any) -> None:
+        """Name the layers of a new adapter that have no mask, or more ranks than they can use."""
+        unmasked, oversized = [], []
+        for name, layer in self.model.named_modules():
+            if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+                continue
+            q, p = (getattr(layer, x)[adapter_name] for x in ("lora_A", "lora_B"))
+            if isinstance(layer.get_base_layer(), _custom(config)):
+                unmasked.append(name)
+            elif isinstance(layer, TLoraLayer) and adapter_name in layer.lora_lambda:
+                if layer.r[adapter_name] > min(q.weight[0].numel(), len(p.weight)):
+                    oversized.append(name)
+        if unmasked:
+            warnings.warn(
+                f"{len(unmasked)} layers are of classes registered as custom modules, whose "
+                "adapters compute what the class says and have no T-LoRA mask: "
+                f"{', '.join(unmasked)}.",
+                stacklevel=3,
+            )
+        if oversized:
+            warnings.warn(
+                f"r exceeds the smaller dimension of {len(oversized)} layers: "
+                f"{', '.join(oversized)}. Their surplus ranks start with singular value 0.",
+                stacklevel=3,
+            )
+
     def _follow(self, adapter_name: str, weights: Mapping[str, Tensor]) -> None:
         """Follow a file whose tensors a loader of transformers will put in, past the layers."""
         try:
@@ -163,10 +179,8 @@ class TLoraModel(LoraModel):
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
         )
-        layer: Layer = getattr(parent, target_name)
-        custom = tuple(getattr(lora_config, "_custom_modules", None) or ())
-        if custom and isinstance(layer.get_base_layer(), custom):
-            self._unmasked.append(current_key)
+        layer: Any = getattr(parent, target_name)
+        if isinstance(layer.get_base_layer(), _custom(lora_config)):
             return
         tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())
         if tied or isinstance(layer, Embedding):
@@ -177,7 +191,7 @@ class TLoraModel(LoraModel):
             self._add_tlora(inner, adapter_name, lora_config, f"{current_key}.out_proj")
 
     def _add_tlora(
-        self, layer: Layer, adapter_name: str, config: TLoraConfig, layer_name: str
+        self, layer: Any, adapter_name: str, config: TLoraConfig, layer_name: str
     ) -> None:
         """Turn the adapter that PEFT has just added to a layer into T-LoRA."""
         become_tlora_layer(layer, layer_name)
@@ -196,9 +210,6 @@ class TLoraModel(LoraModel):
             ),
             denoiser.layout(layer_name),
         )
-        lora_A, lora_B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        if config.ortho_init is not None and r > min(lora_A[0].numel(), len(lora_B)):
-            self._oversized.append(layer_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers.layer import TLoraLayer
-from .layers.ranks import groups_of
+from .layers.protocol import groups_of
 
 
 def orthogonality_loss(model: nn.Module, adapter_names: Iterable[str] | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Hosts that don't call the denoiser: functions that get the timestep, loaders, pipeline stages."""
 
+import functools
 import importlib
 import sys
 import textwrap
@@ -171,6 +172,22 @@ def test_methods_and_wildcards_reach_what_the_module_defines_itself(package):
     assert rank(model, lambda: wan.model_fn_wan(model, X, 1000)) == 1
     assert rank(model, lambda: wan.Pipeline().step(model, X, 1000)) == 1
     assert not hasattr(wan.model_fn_text, "__wrapped__")
+
+
+def test_wrapping_again_as_after_a_reload_leaves_one_wrapper(package):
+    package("again.run", "def step(x):\n    return [x]\n")
+    module = importlib.import_module("again.run")
+
+    def twice(function):
+        @functools.wraps(function)
+        def wrapper(x):
+            return function(x) * 2
+
+        return wrapper
+
+    for _ in range(2):
+        imports.wrap_function("again.run:step", twice)
+    assert module.step(1) == [1, 1]
 
 
 def test_a_module_that_fails_to_import_fails_as_it_would(package):

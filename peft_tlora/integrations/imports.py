@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 Wrap = Callable[[Any], Any]
+_MARK = "_wrapped_by"
 
 
 def wrap_function(place: str, wrap: Wrap) -> None:
@@ -64,6 +66,10 @@ class _Finder(MetaPathFinder):
 _FINDER = _Finder()
 
 
+def _mark(wrap: Wrap) -> str:
+    return f"{wrap.__module__}.{wrap.__qualname__}"
+
+
 def _wrapped(module: ModuleType, name: str, wrap: Wrap) -> list[tuple[Any, Any]]:
     """Wrap what a module has under a name, if it is its own; returns the old and the new ones."""
     first, _, method = name.partition(".")
@@ -79,8 +85,11 @@ def _wrapped(module: ModuleType, name: str, wrap: Wrap) -> list[tuple[Any, Any]]
         for key, old in list(vars(holder).items()):
             own = callable(old) and getattr(old, "__module__", None) == module.__name__
             if own and fnmatch.fnmatchcase(key, method or first):
-                new = wrap(old)
+                # not on top of what an earlier import of this package has put there
+                is_ours = getattr(old, _MARK, None) == _mark(wrap)
+                new = wrap(inspect.unwrap(old) if is_ours else old)
                 if new is not old:
+                    setattr(new, _MARK, _mark(wrap))
                     setattr(holder, key, new)
                     changed.append((old, new))
     return changed

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .layer import TLoraLayer
-from .ranks import Layer
+from .protocol import Layer
 from .variant import TLoraVariant
 
 _IN, _OUT = "in_proj_weight", "out_proj.base_layer.weight"
@@ -69,7 +69,7 @@ class MultiheadAttention(TLoraLayer, lora.MultiheadAttention):
                 self._add(name, [-update for update in updates])
 
     @property
-    def _out_proj(self) -> Layer:
+    def _out_proj(self) -> Any:
         """The LoRA layer in place of the output projection."""
         base: Any = self.get_base_layer()
         return base.out_proj

@@ -1,12 +1,13 @@
 """Which T-LoRA layer one of PEFT's LoRA layers becomes."""
 
+from typing import Any
+
 from peft.tuners.lora import layer as lora
 from torch import nn
 
 from .attention import MultiheadAttention
 from .layer import FROZEN, Conv1d, Conv2d, Conv3d, Linear, TLoraLayer
 from .quantized import quantized_class
-from .ranks import Layer
 
 _LAYER_CLASSES: dict[type, type[TLoraLayer]] = {
     lora.Linear: Linear,
@@ -17,7 +18,7 @@ _LAYER_CLASSES: dict[type, type[TLoraLayer]] = {
 }
 
 
-def become_tlora_layer(layer: Layer, layer_name: str) -> None:
+def become_tlora_layer(layer: Any, layer_name: str) -> None:
     """Make one of PEFT's LoRA layers the T-LoRA layer of its kind.
 
     Its class changes, so that its adapters, its hooks and every reference to it stay in force.

@@ -13,14 +13,15 @@ from ..schedule import RankSchedule
 from ..timestep.denoisers import Layout
 from ..weights.start import Start, new_start
 from .factors import Scale, empty_scale
-from .ranks import Layer, groups_of
+from .layer import TLoraLayer
+from .protocol import groups_of
 from .variant import TLoraVariant
 
 _MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_tlora(
-    layer: Layer,
+    layer: TLoraLayer,
     adapter_name: str,
     config: TLoraConfig,
     layer_name: str,
@@ -40,8 +41,9 @@ def add_tlora(
         layout: See `Denoiser.layout`.
     """
     lora_A = layer.lora_A[adapter_name]
-    if isinstance(lora_A, _ConvNd):
-        _match_convolution(lora_A, layer.get_base_layer())
+    base = layer.get_base_layer()
+    if isinstance(lora_A, _ConvNd) and isinstance(base, _ConvNd):
+        _match_convolution(lora_A, base)
     if config.ortho_init is not None:
         _initialise(layer, adapter_name, config, config.ortho_init, layer_name, start_name)
     variant = TLoraVariant(layer_name, schedule, layout)
@@ -58,7 +60,7 @@ def _match_convolution(lora_A: _ConvNd, base: _ConvNd) -> None:
 
 @torch.no_grad()
 def _initialise(
-    layer: Layer,
+    layer: TLoraLayer,
     adapter: str,
     config: TLoraConfig,
     choice: OrthoInit,
@@ -86,7 +88,7 @@ def _initialise(
 
 
 def _weight_start(
-    layer: Layer, dq: Tensor, dp: Tensor, choice: OrthoInit, layer_name: str, seed: int
+    layer: TLoraLayer, dq: Tensor, dp: Tensor, choice: OrthoInit, layer_name: str, seed: int
 ) -> Start:
     """The start from the singular triplets of the base layer's weight."""
     base = layer.get_base_layer()

@@ -17,7 +17,7 @@ from ..timestep.state import TimestepLayer
 from ..weights.encoding import Encoded, decode_schedule, encode_schedule
 from ..weights.start import Recipe, Start, rebuild, widened
 from .factors import Factor, Projection, Scale, plain_weight
-from .ranks import groups_of
+from .protocol import groups_of
 from .variant import TLoraVariant
 
 START = ("lora_A_init", "lora_B_init", "lora_lambda_init")

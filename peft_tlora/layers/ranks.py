@@ -1,6 +1,6 @@
 """Which ranks of one adapter are active in one layer: now, in a merge, and as a gate."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from ..schedule import RankSchedule, rank_mask
 from ..timestep.captured import CapturedTimestep
 from ..timestep.denoisers import Layout
 from .linear import Gate
-
-# a peft_tlora.layer.TLoraLayer; torch types what hangs on a module as Tensor | Module
-Layer: TypeAlias = Any
+from .protocol import Layer, groups_of
 
 
 class Rows(NamedTuple):
@@ -236,8 +234,3 @@ class ActiveRanks:
             f"The T-LoRA layer {self.layer_name} needs one timestep for the whole batch: "
             f"{refusal}. Run it with one timestep, or leave the layer out with exclude_modules."
         )
-
-
-def groups_of(module: Layer) -> int:
-    """Groups of the base layer: 1 unless it is a grouped convolution."""
-    return getattr(module.get_base_layer(), "groups", 1)

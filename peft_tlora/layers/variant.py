@@ -12,7 +12,8 @@ from ..schedule import RankSchedule
 from ..timestep.denoisers import Layout
 from .factors import Projection, Scale, plain_weight
 from .linear import Gate, adapted_linear, add_update
-from .ranks import ActiveRanks, Layer, Rows, groups_of
+from .protocol import Layer, groups_of
+from .ranks import ActiveRanks, Rows
 
 # the containers of a layer in the order of Factors
 _FACTORS = (
@@ -174,7 +175,7 @@ class TLoraVariant(LoraVariant):
 
     def warn_of_one_mask(self, module: Layer, action: str) -> None:
         """Say once that an action (a gerund) leaves one mask for all timesteps."""
-        if self.ranks.follow_timestep(module):
+        if module.timestep_state is not None and self.ranks.follow_timestep(module):
             module.timestep_state.warn_once(
                 action,
                 f"{action} a T-LoRA adapter fixes its mask: from here on the weights don't depend "
