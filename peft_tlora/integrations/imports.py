@@ -3,7 +3,6 @@
 import fnmatch
 import functools
 import importlib.machinery
-import inspect
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -87,7 +86,7 @@ def _wrapped(module: ModuleType, name: str, wrap: Wrap) -> list[tuple[Any, Any]]
             if own and fnmatch.fnmatchcase(key, method or first):
                 # not on top of what an earlier import of this package has put there
                 is_ours = getattr(old, _MARK, None) == _mark(wrap)
-                new = wrap(inspect.unwrap(old) if is_ours else old)
+                new = wrap(getattr(old, "__wrapped__") if is_ours else old)  # noqa: B009
                 if new is not old:
                     setattr(new, _MARK, _mark(wrap))
                     setattr(holder, key, new)
