@@ -21,9 +21,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import peft_tlora
+from peft_tlora.formats import read_adapter
 from peft_tlora.formats.bands import write_bands
 from peft_tlora.formats.lora import write_lora
-from peft_tlora.formats.own import read_diffusers
 from peft_tlora.formats.plain import plain_lora
 
 MODEL = Path(__file__).parents[1] / "examples" / "toybox" / "model"
@@ -84,7 +84,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("adapter")
     args = parser.parse_args()
-    adapter = read_diffusers(args.adapter)
+    adapter = read_adapter(args.adapter)
     schedule = next(iter(adapter.layers.values())).schedule
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, ", end="")
     print(f"diffusers {diffusers.__version__}, peft_tlora {peft_tlora.__version__}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import TLoraConfig
 from .functional import Factors
-from .weights.files import open_checkpoint
+from .weights.files import open_file
 from .weights.fit import check_factors, check_fit, weight_of
 from .weights.names import FIELDS, check_name, parsed
 from .weights.start import canonical_name
@@ -103,7 +103,7 @@ def _tensors(
     if isinstance(source, Mapping):
         tensors = dict(source)
     elif Path(source).exists() or isinstance(target, nn.Module):
-        tensors = dict(open_checkpoint(source).tensors)
+        tensors = dict(open_file(source).tensors)
     else:
         found = target.lora_state_dict(str(source), **kwargs)
         tensors = found[0] if isinstance(found, tuple) else found

@@ -86,24 +86,42 @@ class RankSchedule:
             (low, high), margin = _LOG_SIGMA_RANGE, 0.0
         return (timestep >= low - margin) & (timestep <= high + margin)
 
+    @overload
+    def noise_at(self, timestep: float) -> float: ...
+    @overload
+    def noise_at(self, timestep: Tensor) -> Tensor: ...
+    def noise_at(self, timestep: float | Tensor) -> float | Tensor:
+        """The share of time that is noise at a timestep: 1 at pure noise, 0 at the end."""
+        if not isinstance(timestep, Tensor):
+            return float(self.noise_at(torch.tensor(timestep, dtype=torch.float64, device="cpu")))
+        if self.timestep_type == "log_sigma":
+            return torch.sigmoid(4 * timestep)  # share of noise in x0 + sigma noise
+        share = timestep.clamp(0.0, self.num_train_timesteps) / self.num_train_timesteps
+        return 1 - share if self.timestep_reversed else share
+
+    def timestep_at(self, noise: float) -> float:
+        """The timestep of a share of noise, in the unit of the model; inverse of `noise_at`."""
+        if self.timestep_type == "log_sigma":
+            inside = min(max(noise, 2e-7), 1 - 2e-7)
+            return math.log(inside / (1 - inside)) / 4
+        return (1 - noise if self.timestep_reversed else noise) * self.num_train_timesteps
+
+    def noise_with(self, share: float) -> float:
+        """The noise at which a share of the varying ranks is active, if the schedule has any."""
+        share = share ** (1 / self.schedule_exponent)
+        return math.acos(2 * share - 1) / math.pi if self.rank_schedule == "cosine" else 1 - share
+
     def _active_rank_tensor(self, timestep: Tensor) -> Tensor:
         # fp32 would put the floor one rank off where the product is a whole number; mps has no fp64
-        t = timestep.to(torch.float32 if timestep.device.type == "mps" else torch.float64)
-        total = self.num_train_timesteps
-        if self.timestep_type == "log_sigma":
-            # share of noise in x0 + sigma noise; the schedule then runs on a scale of its own
-            t, total = torch.sigmoid(4 * t), 1.0
-        else:
-            t = t.clamp(0.0, total)
-            if self.timestep_reversed:
-                t = total - t
+        wide = torch.float32 if timestep.device.type == "mps" else torch.float64
+        noise = self.noise_at(timestep.to(wide))
         match self.rank_schedule:
             case "constant":
-                return torch.full_like(t, self.r, dtype=torch.long)
+                return torch.full_like(noise, self.r, dtype=torch.long)
             case "cosine":
-                clean = (1 + torch.cos(math.pi * (t / total))) / 2
+                clean = (1 + torch.cos(math.pi * noise)) / 2
             case "power":
-                clean = (total - t) / total
+                clean = 1 - noise
         multiple = self.rank_multiple
         varying = (self.r - self.r_min) // multiple
         share = clean**self.schedule_exponent + _ROUNDING

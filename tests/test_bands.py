@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_tlora.formats.adapter import Adapter
-from peft_tlora.formats.bands import split_bands, timestep_at, write_bands
+from peft_tlora.formats.bands import split_bands, write_bands
 from peft_tlora.formats.sampling import BetaSampling, EDMSampling, FlowSampling
 from peft_tlora.schedule import RankSchedule
 
@@ -31,8 +31,8 @@ def test_with_a_band_for_each_rank_every_timestep_has_its_own_mask(schedule):
     noises = [(i + 0.5) / 500 for i in range(500)]
     for noise in noises:
         band = next(b for b in bands if b.noise[0] >= noise > b.noise[1])
-        mask = schedule.active_rank(timestep_at(schedule, band.mask_noise))
-        assert mask == schedule.active_rank(timestep_at(schedule, noise)), noise
+        mask = schedule.active_rank(schedule.timestep_at(band.mask_noise))
+        assert mask == schedule.active_rank(schedule.timestep_at(noise)), noise
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -45,9 +45,9 @@ def test_fewer_bands_cover_all_noises_and_are_off_by_half_a_band_at_most(count):
     assert edges == sorted(edges, reverse=True)
     assert [b.noise[1] for b in bands[:-1]] == edges[1:-1]
     for band in bands:
-        mask = schedule.active_rank(timestep_at(schedule, band.mask_noise))
+        mask = schedule.active_rank(schedule.timestep_at(band.mask_noise))
         for noise in torch.linspace(band.noise[1] + 1e-6, band.noise[0], 50).tolist():
-            off = abs(mask - schedule.active_rank(timestep_at(schedule, noise)))
+            off = abs(mask - schedule.active_rank(schedule.timestep_at(noise)))
             assert off <= math.ceil(8 / count / 2)
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import peft_tlora
 from peft_tlora import active_rank
 from peft_tlora.cli import main
-from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+from peft_tlora.formats import read_adapter
+from peft_tlora.formats.own import write_diffusers, write_peft
 
 from . import foreign
 from .test_formats import official_flux, official_sdxl, sd_scripts
@@ -66,7 +67,7 @@ def test_inspect_tells_format_schedule_and_how_far_each_layer_moved(capsys, file
     report = json.loads(out)
     assert code == 0
     assert report["bytes"] == file.stat().st_size
-    adapter = read_diffusers(file)
+    adapter = read_adapter(file)
     assert report["layers"].keys() == adapter.layers.keys()
     for name, layer in adapter.layers.items():
         dq, dp, dlam, q0, p0, lam0 = (f.double() for f in layer.factors)
@@ -120,12 +121,12 @@ def test_inspect_of_a_layer_that_is_not_finite_says_so(capsys, file):
 
 def test_convert_there_and_back_keeps_every_bit(capsys, tmp_path, file):
     assert run(capsys, "convert", file, tmp_path / "p", "--to", "peft")[0] == 0
-    families.assert_equal(read_peft(tmp_path / "p"), read_diffusers(file))
+    families.assert_equal(read_adapter(tmp_path / "p"), read_adapter(file))
     code, out, _ = run(
         capsys, "convert", tmp_path / "p", tmp_path / "d", "--to", "diffusers", "--json"
     )
     assert code == 0
-    families.assert_equal(read_diffusers(json.loads(out)["path"]), read_diffusers(file))
+    families.assert_equal(read_adapter(json.loads(out)["path"]), read_adapter(file))
 
 
 def test_convert_takes_facts_base_and_pickles(capsys, tmp_path):
@@ -139,13 +140,13 @@ def test_convert_takes_facts_base_and_pickles(capsys, tmp_path):
     code, _, err = run(capsys, *arguments, "--allow-pickle", *facts)
     assert code == 0
     assert "warning: 4 adapters of single blocks" in err
-    families.assert_equal(read_diffusers(tmp_path / "out"), adapter)
+    families.assert_equal(read_adapter(tmp_path / "out"), adapter)
     path, adapter, arguments = sd_scripts(tmp_path / "sd")
     arguments["base"].save_pretrained(tmp_path / "base" / "unet")
     (tmp_path / "base" / "model_index.json").write_text("{}")
     options = ["--to", "peft", "--base", tmp_path / "base"]
     assert run(capsys, "convert", path, tmp_path / "p", *options)[0] == 0
-    families.assert_equal(read_peft(tmp_path / "p"), adapter)
+    families.assert_equal(read_adapter(tmp_path / "p"), adapter)
 
 
 @pytest.mark.parametrize("to", ["lora", "kohya", "comfyui"])
@@ -181,7 +182,7 @@ def test_plain_lora_does_not_replace_the_file_that_it_is_made_of_raises(capsys, 
     code, _, err = run(capsys, "convert", tmp_path, tmp_path / place, "--to", "lora")
     assert code == 2
     assert "would replace the T-LoRA file" in err
-    assert read_diffusers(tmp_path)
+    assert read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_trained_tensors_and_their_config_become_the_whole_adapters_file(capsys,
     code, _, err = run(capsys, "convert", path, tmp_path / "p", "--to", "peft", *config)
     assert code == 0
     assert "warning: The start is made from the names of the layers in the file" in err
-    found, expected = read_peft(tmp_path / "p"), read_diffusers(whole)
+    found, expected = read_adapter(tmp_path / "p"), read_adapter(whole)
     for name, layer in expected.layers.items():
         assert found.layers[name].recipe == layer.recipe
         assert found.layers[name].schedule.timestep_type == "linear"

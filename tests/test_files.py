@@ -16,12 +16,12 @@ from peft_tlora import TLoraConfig, load_tlora_weights
 from peft_tlora.formats.base import load_base
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.inspection import inspect_file
-from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
 from peft_tlora.formats.state_dict import read_config
 from peft_tlora.weights import encoding, files
 from peft_tlora.weights.encoding import decode_schedule, encode_schedule
-from peft_tlora.weights.files import open_checkpoint, read_json, read_yaml, write_tensors
+from peft_tlora.weights.files import open_file, read_json, read_yaml, write_tensors
 
 from . import foreign
 from .conftest import crash_after, crash_while_moving, perturb
@@ -50,7 +50,7 @@ def changed(file, **changes):
 
 def with_start(file):
     """The file with the tensors that its factors start from."""
-    adapter = read_diffusers(file)
+    adapter = read_adapter(file)
     layers = {name: replace(layer, recipe=None) for name, layer in adapter.layers.items()}
     return write_diffusers(replace(adapter, layers=layers), file)
 
@@ -205,13 +205,13 @@ def test_a_pickle_is_refused_unless_asked_for_and_never_runs_code(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     path = foreign.save(tmp_path / "lora.pt", {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="is a pickle"):
-        open_checkpoint(path)
+        open_file(path)
     torch.save({"a": torch.zeros(1), "b": Bomb()}, path)
     with pytest.raises(ValueError, match="can't be unpickled safely"):
-        open_checkpoint(path, allow_pickle=True)
+        open_file(path, allow_pickle=True)
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="can't be unpickled safely"):
-        open_checkpoint(path, allow_pickle=True)
+        open_file(path, allow_pickle=True)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_tensor_that_claims_more_than_the_file_holds_raises(tmp_path):
     path = tmp_path / "lora.pt"
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, path)
     with pytest.raises(ValueError, match="claims more elements"):
-        open_checkpoint(path, allow_pickle=True)
+        open_file(path, allow_pickle=True)
 
 
 def test_a_crash_while_writing_leaves_the_old_file_alone(file, monkeypatch):
@@ -255,7 +255,7 @@ def test_a_crash_while_a_peft_folder_is_replaced_leaves_no_config_of_other_weigh
     with pytest.raises(RuntimeError, match="power cut"):
         write_peft(new, folder)
     assert [path.name for path in folder.iterdir()] == ["adapter_model.safetensors"]
-    families.assert_equal(read_peft(folder), old if "model" in name else new)
+    families.assert_equal(read_adapter(folder), old if "model" in name else new)
 
 
 def test_a_folder_that_a_failed_export_made_is_gone(tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_damaged_weights_are_refused_before_the_model_changes_raises(tmp_path):
 
 
 def test_a_folder_with_several_files_asks_which_raises(file):
-    write_diffusers(read_diffusers(file), file.with_name("b.safetensors"))
+    write_diffusers(read_adapter(file), file.with_name("b.safetensors"))
     with pytest.raises(ValueError, match=r"found a\.safetensors, b\.safetensors; name the file"):
         read_adapter(file.parent)
 
@@ -537,12 +537,12 @@ def test_state_dicts_that_are_not_one_adapter_raises(tmp_path, change, message):
 
 def test_a_config_for_a_file_that_has_its_schedule_raises(tmp_path, file):
     config = TLoraConfig(r=6, min_rank=2, **SAID)
-    for path in (file, write_peft(read_diffusers(file), tmp_path / "p")):
+    for path in (file, write_peft(read_adapter(file), tmp_path / "p")):
         with pytest.raises(ValueError, match=r"config was given, but .*has no use for it"):
             read_adapter(path, config=config)
     tensors = {k.replace(".weight", ".toy.weight"): v for k, v in load_file(file).items()}
     path = foreign.save(tmp_path / "b.safetensors", tensors)
-    families.assert_equal(read_adapter(path), read_diffusers(file))
+    families.assert_equal(read_adapter(path), read_adapter(file))
     with pytest.raises(ValueError, match="says itself how the adapter was trained"):
         read_adapter(path, config=config)
 

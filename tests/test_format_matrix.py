@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from peft_tlora.cli import main
 from peft_tlora.formats.lora import LORA_WRITERS
-from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
-from peft_tlora.formats.reading import FORMATS
+from peft_tlora.formats.own import write_diffusers, write_peft
+from peft_tlora.formats.reading import FORMATS, read_adapter
 
 from . import foreign
 from . import test_formats as trainers
@@ -76,7 +76,7 @@ SOURCES = {
     "lycoris": (of_lycoris, families.FAMILIES, ["ortho"]),  # its tlora has no other kind
 }
 CASES = [(name, f, kind) for name, (_, fs, kinds) in SOURCES.items() for f in fs for kind in kinds]
-TLORA = {"peft": read_peft, "diffusers": read_diffusers}
+TLORA = ("peft", "diffusers")
 PLAIN = ("lora", "kohya", "comfyui")
 
 
@@ -198,7 +198,7 @@ def test_the_table_has_every_format():
 
 @pytest.mark.parametrize("to", TLORA)
 def test_a_t_lora_format_keeps_every_bit_and_the_schedule(tmp_path, source, to):
-    found = TLORA[to](convert(source, tmp_path / "out", "--to", to))
+    found = read_adapter(convert(source, tmp_path / "out", "--to", to))
     if source.format != "lycoris":
         families.assert_equal(found, source.adapter)
         return

@@ -15,7 +15,7 @@ from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.families import family_of
 from peft_tlora.formats.lora import write_kohya, write_lora
 from peft_tlora.formats.names import original
-from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.plain import plain_lora
 from peft_tlora.formats.reading import read_adapter
 
@@ -100,7 +100,7 @@ def test_what_peft_and_diffusers_write_themselves_is_read(tmp_path, start):
     assert any(".lora.down.weight" in name for name in converted)
     assert any(".lora.down_init.weight" in name for name in converted) == start
     save_file(converted, tmp_path / "pytorch_lora_weights.safetensors")
-    assert_equal(read_diffusers(tmp_path), expected)
+    assert_equal(read_adapter(tmp_path), expected)
     model = get_peft_model(families.model("sd"), TLoraConfig(r=4, target_modules=["to_q", "to_k"]))
     perturb(model)
     model.save_pretrained(tmp_path / "peft")
@@ -116,8 +116,8 @@ def test_a_file_for_several_models_asks_which(tmp_path):
         tensors |= {k.replace("unet.", f"{component}."): v for k, v in load_file(path).items()}
     save_file(tensors, tmp_path / "two.safetensors")
     with pytest.raises(ValueError, match="adapters for text_encoder, unet: choose one"):
-        read_diffusers(tmp_path / "two.safetensors")
-    found = read_diffusers(tmp_path / "two.safetensors", component="unet")
+        read_adapter(tmp_path / "two.safetensors")
+    found = read_adapter(tmp_path / "two.safetensors", component="unet")
     assert found.component == "unet"
     count = sum(name.startswith("text_encoder.") for name in tensors)
     assert found.notes == (
@@ -143,7 +143,7 @@ def test_a_peft_folder_of_a_text_encoder_is_not_taken_for_a_transformers(tmp_pat
     layer = next(iter(families.adapter("sd", ["to_q"]).layers.values()))
     layers = {"text_model.encoder.layers.0.self_attn.q_proj": layer}
     folder = write_peft(Adapter("text_encoder", layers), tmp_path)
-    assert read_peft(folder).component == "text_encoder"
+    assert read_adapter(folder).component == "text_encoder"
 
 
 def test_video_models_made_of_sds_layers_are_not_taken_for_sd():

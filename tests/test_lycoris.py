@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.inspection import inspect_file
-from peft_tlora.formats.own import read_diffusers, read_peft, write_diffusers, write_peft
+from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.reading import read_adapter
-from peft_tlora.formats.trainers import read_lycoris
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 from . import foreign
@@ -72,7 +71,7 @@ def test_the_frozen_factors_come_back_from_the_weights_of_the_base(tmp_path, sig
     assert largest_error(found, adapter) < 1e-4
     assert "agree with the trained ones to 1.000" not in found.notes[0]
     assert "agree with the trained ones to 0.9" in found.notes[0]
-    again = read_diffusers(write_diffusers(read_peft(write_peft(found, tmp_path / "p")), tmp_path))
+    again = read_adapter(write_diffusers(read_adapter(write_peft(found, tmp_path / "p")), tmp_path))
     families.assert_equal(again, found)
 
 
@@ -84,7 +83,7 @@ def test_the_signs_of_the_recomputed_triplets_are_those_of_the_trained_ones(tmp_
             tensor[1::2] *= -1
         elif name.endswith("p_layer.weight"):
             tensor[:, 1::2] *= -1
-    found = read_lycoris(foreign.save(path, tensors), base=base, facts=FACTS)
+    found = read_adapter(foreign.save(path, tensors), base=base, facts=FACTS)
     assert largest_error(found, adapter) < 1e-4
     for layer in found.layers.values():
         q, p, _, q0, p0, _ = foreign.factors_of(layer)
@@ -94,7 +93,7 @@ def test_the_signs_of_the_recomputed_triplets_are_those_of_the_trained_ones(tmp_
 
 def test_weights_rounded_to_bfloat16_after_the_training_give_an_error_of_their_own(tmp_path):
     path, adapter, base = trained(tmp_path)
-    rounded = read_lycoris(path, base=base.bfloat16(), facts=FACTS)
+    rounded = read_adapter(path, base=base.bfloat16(), facts=FACTS)
     assert 0.01 < largest_error(rounded, adapter)
 
 
@@ -110,14 +109,14 @@ def test_factors_that_started_somewhere_else_raises(tmp_path, change):
     path, _, base = trained(tmp_path)
     base, facts = change(path, base)
     with pytest.raises(ValueError, match=r"agree to 0\.\d\d only with the recomputed start"):
-        read_lycoris(path, base=base, facts=TrainingFacts(**{**vars(FACTS), **facts}))
+        read_adapter(path, base=base, facts=TrainingFacts(**{**vars(FACTS), **facts}))
 
 
 def test_a_timestep_of_pure_noise_that_the_base_never_sees_raises(tmp_path):
     """1000 steps of training are 1 for FLUX's forward; with 1000 no rank would ever be masked."""
     path, _, base = trained(tmp_path, "flux", num_train_timesteps=1)
     with pytest.raises(ValueError, match=r"=1000 is not in the unit of Flux.*: pass 1 "):
-        read_lycoris(path, base=base, facts=FACTS)
+        read_adapter(path, base=base, facts=FACTS)
     report = inspect_file(path, base=base, facts=TrainingFacts(sig_type="principal"))
     assert report["schedule"] is None
     assert report["ranks"] == {4: 7}
@@ -126,14 +125,14 @@ def test_a_timestep_of_pure_noise_that_the_base_never_sees_raises(tmp_path):
 def test_a_base_that_counts_its_time_backwards_gets_such_a_schedule(tmp_path, monkeypatch):
     path, _, base = trained(tmp_path)
     monkeypatch.setitem(DENOISERS, type(base).__name__, Denoiser(timestep_reversed=True))
-    layers = read_lycoris(path, base=base, facts=FACTS).layers.values()
+    layers = read_adapter(path, base=base, facts=FACTS).layers.values()
     assert {layer.schedule.active_rank(0) for layer in layers} == {2}
 
 
 def test_a_random_start_is_lost_raises(tmp_path):
     path, _, base = trained(tmp_path, random=True)
     with pytest.raises(ValueError, match="use_data_init=False, whose start is lost"):
-        read_lycoris(path, base=base, facts=FACTS)
+        read_adapter(path, base=base, facts=FACTS)
 
 
 @pytest.mark.parametrize("kind", ["int8", "meta"])
@@ -147,13 +146,13 @@ def test_a_base_without_its_own_weights_raises(tmp_path, kind):
                 weight = torch.zeros(module.weight.shape, dtype=torch.int8)
                 module.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(ValueError, match="not quantised and not left out"):
-        read_lycoris(path, base=base, facts=FACTS)
+        read_adapter(path, base=base, facts=FACTS)
 
 
 def test_the_sig_type_is_asked_for_raises(tmp_path):
     path, _, base = trained(tmp_path)
     with pytest.raises(ValueError, match="LyCORIS doesn't say sig_type"):
-        read_lycoris(path, base=base, facts=TrainingFacts(min_rank=2))
+        read_adapter(path, base=base, facts=TrainingFacts(min_rank=2))
 
 
 def test_a_convolution_with_a_kernel_raises(tmp_path):
@@ -164,4 +163,4 @@ def test_a_convolution_with_a_kernel_raises(tmp_path):
             tensors[name] = tensor[:, :, :1, :1]
     path = foreign.save(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match=r"convolution with a kernel of \(3, 3\)"):
-        read_lycoris(path, base=families.model("sd"), facts=FACTS)
+        read_adapter(path, base=families.model("sd"), facts=FACTS)

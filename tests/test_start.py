@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.formats import read_peft, write_diffusers
+from peft_tlora.formats import read_adapter, write_diffusers
 from peft_tlora.layers import initialization
 from peft_tlora.schedule import RankSchedule
 from peft_tlora.timestep.range import TimestepRange
@@ -180,7 +180,7 @@ def test_a_file_that_has_lost_the_start_that_it_should_hold_is_refused(own, left
 def test_other_formats_get_the_start(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
-    adapter = read_peft(tmp_path, component="unet")
+    adapter = read_adapter(tmp_path, component="unet")
     loaded = inject_adapter_in_model(TLoraConfig(**CONFIG), base().eval())
     tensors = load_file(write_diffusers(adapter, tmp_path / "file.safetensors"))
     assert parts(tensors) == TRAINED

@@ -14,7 +14,7 @@ from ..formats.lora import LORA_WRITERS
 from ..formats.own import as_file, write_diffusers, write_peft
 from ..formats.plain import plain_lora
 from ..formats.reading import FORMATS
-from ..weights.files import open_checkpoint, read_json
+from ..weights.files import open_file, read_json
 from .options import adapter_of, add_facts, warn
 
 HELP = "write a T-LoRA file in another format"
@@ -63,7 +63,7 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     for name in ("shift", "sigma_range"):
         if getattr(args, name) is not None and args.bands is None:
             parser.error(f"--{name.replace('_', '-')} is for --bands")
-    file = open_checkpoint(args.source, allow_pickle=args.allow_pickle)
+    file = open_file(args.source, allow_pickle=args.allow_pickle)
     adapter = adapter_of(file, args)
     for note in adapter.notes:
         warn(note)

@@ -12,7 +12,7 @@ from ..formats.facts import TrainingFacts
 from ..formats.reading import format_of, read_adapter
 from ..formats.state_dict import read_config
 from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES
-from ..weights.files import Checkpoint
+from ..weights.files import AdapterFile
 
 _FACTS = ("min_rank", "rank_schedule", "schedule_exponent", "num_train_timesteps", "sig_type")
 _FACTS += ("boundary_timestep",)
@@ -64,7 +64,7 @@ def config_of(args: argparse.Namespace) -> TLoraConfig | None:
     return None if args.config is None else read_config(args.config)
 
 
-def adapter_of(file: Checkpoint, args: argparse.Namespace) -> Adapter:
+def adapter_of(file: AdapterFile, args: argparse.Namespace) -> Adapter:
     """The adapter in a file, with the options of `add_facts`."""
     base = None
     if args.base is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..schedule import SCHEDULE_FIELDS, RankSchedule
-from ..weights.files import open_checkpoint
+from ..weights.files import open_file
 from .options import adapter_of, add_direction, add_facts, bold
 from .steps import load_scheduler, plot, steps_of, transitions
 
@@ -74,7 +74,7 @@ def _schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rank
     if args.adapter is not None:
         if given.keys() & _NEVER_MISSING:
             parser.error("--adapter has a schedule: leave the other fields out")
-        file = open_checkpoint(args.adapter, allow_pickle=args.allow_pickle)
+        file = open_file(args.adapter, allow_pickle=args.allow_pickle)
         layers = adapter_of(file, args).layers.values()
         return max((layer.schedule for layer in layers), key=lambda schedule: schedule.r)
     if any(getattr(args, name) for name in _OF_ADAPTERS):

@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 
-from ..formats.bands import timestep_at
 from ..schedule import RankSchedule
 from ..weights.files import read_json, replaced
 
@@ -73,12 +72,12 @@ def steps_of(schedule: RankSchedule, scheduler: Any, count: int) -> list[Step]:
     for value in scheduler.timesteps.tolist():
         if schedule.timestep_type == "log_sigma":
             timestep = float(value)
-            noise = 1 / (1 + math.exp(-4 * timestep))
+            noise = schedule.noise_at(timestep)
         else:
             noise = value / total
             if scheduler.config.get("invert_sigmas"):
                 noise = 1 - noise
-            timestep = timestep_at(schedule, noise)
+            timestep = schedule.timestep_at(noise)
         steps.append(Step(timestep, noise, schedule.active_rank(timestep)))
     return steps
 
@@ -88,7 +87,7 @@ def transitions(schedule: RankSchedule, points: int = 10001) -> list[Step]:
     found: list[Step] = []
     for i in range(points):
         noise = 1 - i / (points - 1)
-        timestep = timestep_at(schedule, noise)
+        timestep = schedule.timestep_at(noise)
         rank = schedule.active_rank(timestep)
         if not found or rank != found[-1].rank:
             found.append(Step(timestep, noise, rank))
@@ -119,8 +118,8 @@ def plot(
         axes.plot([s.noise for s in steps], [s.rank for s in steps], "o", color="#2c3e50", ms=4)
     axes.set(
         title=f"{schedule.rank_schedule} schedule, {schedule.r_min} to {schedule.r} ranks",
-        xlabel=f"share of noise, from timestep {timestep_at(schedule, 1.0):g} to "
-        f"{timestep_at(schedule, 0.0):g}",
+        xlabel=f"share of noise, from timestep {schedule.timestep_at(1.0):g} to "
+        f"{schedule.timestep_at(0.0):g}",
         ylabel="active ranks",
         xlim=(1, 0),
         ylim=(0, schedule.r * 1.05),

@@ -1,22 +1,20 @@
 """T-LoRA files of other trainers in, files for other tools out.
 
-`read_<format>` makes an `Adapter` of a file, `write_<format>` a file of an `Adapter`; plain LoRA is
-made at one mask by `plain_lora` in between, or by `write_bands` at several.
+`read_adapter` makes an `Adapter` of a file of any known format, `write_<format>` a file of it.
+Plain LoRA is made at one mask by `plain_lora` in between, or by `write_bands` at several.
 """
 
-from ..weights.files import open_checkpoint
+from ..weights.files import open_file
 from .adapter import Adapter, AdapterLayer
 from .bands import write_bands
 from .base import load_base
 from .facts import TrainingFacts
 from .inspection import inspect_file
 from .lora import write_comfyui, write_kohya, write_lora
-from .official import read_official_flux, read_official_sdxl
-from .own import read_diffusers, read_peft, write_diffusers, write_peft
+from .own import write_diffusers, write_peft
 from .plain import PlainLora, plain_lora
 from .reading import format_of, read_adapter
-from .state_dict import read_config, read_state_dict
-from .trainers import read_lycoris, read_sd_scripts, read_takenoko
+from .state_dict import read_config
 
 __all__ = [
     "Adapter",
@@ -26,18 +24,10 @@ __all__ = [
     "format_of",
     "inspect_file",
     "load_base",
-    "open_checkpoint",
+    "open_file",
     "plain_lora",
     "read_adapter",
     "read_config",
-    "read_diffusers",
-    "read_lycoris",
-    "read_official_flux",
-    "read_official_sdxl",
-    "read_peft",
-    "read_sd_scripts",
-    "read_state_dict",
-    "read_takenoko",
     "write_bands",
     "write_comfyui",
     "write_diffusers",

@@ -1,6 +1,5 @@
 """A T-LoRA as K plain LoRAs, each the exact mask of one timestep in its band of timesteps."""
 
-import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -53,18 +52,9 @@ def split_bands(schedule: RankSchedule, count: int) -> list[Band]:
         raise ValueError(f"The number of bands must lie in [1, {_MOST}], got {count}.")
     if schedule.rank_schedule == "constant":
         return [Band((1.0, 0.0), 0.0)]
-    edges = [_noise_at(schedule, i / count) for i in range(count + 1)]
-    middles = [_noise_at(schedule, (i + 0.5) / count) for i in range(count)]
+    edges = [schedule.noise_with(i / count) for i in range(count + 1)]
+    middles = [schedule.noise_with((i + 0.5) / count) for i in range(count)]
     return [Band((edges[i], edges[i + 1]), middle) for i, middle in enumerate(middles)]
-
-
-def timestep_at(schedule: RankSchedule, noise: float) -> float:
-    """The timestep of a noise, in the unit of the model."""
-    if schedule.timestep_type == "log_sigma":
-        inside = min(max(noise, 2e-7), 1 - 2e-7)
-        return math.log(inside / (1 - inside)) / 4
-    share = 1 - noise if schedule.timestep_reversed else noise
-    return share * schedule.num_train_timesteps
 
 
 def write_bands(
@@ -116,7 +106,7 @@ def write_bands(
     bands = []
     with replaced_together(folder, _BANDS, _WORKFLOW) as new:
         for number, band in enumerate(split_bands(schedule, count)):
-            timestep = timestep_at(schedule, band.mask_noise)
+            timestep = schedule.timestep_at(band.mask_noise)
             lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
             name = f"{_prefix(folder)}{number:02}.safetensors"
             path = LORA_WRITERS[to](lora, new / name, family=family)
@@ -158,11 +148,11 @@ def _described(
     file: str, band: Band, schedule: RankSchedule, sampling: Sampling | None
 ) -> dict[str, Any]:
     """The entry of a band in bands.json; the ranges go from noisy to clean."""
-    ranges = {"timestep": [timestep_at(schedule, noise) for noise in band.noise]}
+    ranges = {"timestep": [schedule.timestep_at(noise) for noise in band.noise]}
     if sampling is not None:
         ranges["percent"] = [0.0 if noise == 1 else sampling.percent(noise) for noise in band.noise]
         ranges["sigma"] = [sampling.sigma(noise) for noise in band.noise]
-    mask = timestep_at(schedule, band.mask_noise)
+    mask = schedule.timestep_at(band.mask_noise)
     return {"file": file, **ranges, "mask_timestep": mask, "rank": schedule.active_rank(mask)}
 
 
@@ -177,11 +167,3 @@ def _one_schedule(adapter: Adapter) -> RankSchedule:
     if len(fields) > 1:
         raise ValueError("The layers have different schedules, so they have no common bands.")
     return schedules[-1]
-
-
-def _noise_at(schedule: RankSchedule, clean: float) -> float:
-    """The noise at which the schedule's share of the varying ranks is `clean`."""
-    share = clean ** (1 / schedule.schedule_exponent)
-    if schedule.rank_schedule == "cosine":
-        return math.acos(2 * share - 1) / math.pi
-    return 1 - share

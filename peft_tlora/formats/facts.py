@@ -1,11 +1,13 @@
 """What a file may not say about its training, and how it is put together with what it says."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
+from ..config import TLoraConfig
 from ..schedule import RankSchedule, RankScheduleKind
 from ..timestep.denoisers import Denoiser, describe
 
@@ -83,6 +85,22 @@ class TrainingFacts:
             schedule_exponent=float(self.schedule_exponent or 0),
             num_train_timesteps=float(self.num_train_timesteps or 0),
         )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is given beside a file, for its reader; the arguments of `read_adapter`."""
+
+    facts: TrainingFacts = TrainingFacts()
+    base: nn.Module | None = None
+    component: str | None = None
+    hparams: str | os.PathLike[str] | None = None
+    config: TLoraConfig | None = None
+
+    def names(self) -> list[str]:
+        """The names of what isn't None, of facts each."""
+        others = (f.name for f in fields(self) if f.name != "facts")
+        return self.facts.known() + [name for name in others if getattr(self, name) is not None]
 
 
 def in_unit_of(base: nn.Module, schedule: RankSchedule) -> RankSchedule:

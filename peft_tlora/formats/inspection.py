@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import TLoraConfig
 from ..functional import Factors
 from ..timestep.denoisers import describe as describe_denoiser
-from ..weights.files import Checkpoint, open_checkpoint
+from ..weights.files import AdapterFile, open_file
 from .adapter import Adapter, AdapterLayer
 from .facts import TrainingFacts
 from .families import family_of
@@ -48,7 +48,7 @@ def inspect_file(
         ValueError: If the file is damaged or of no known format, or is plain LoRA, or has trained
             tensors alone and no config.
     """
-    file = open_checkpoint(source, allow_pickle=allow_pickle)
+    file = open_file(source, allow_pickle=allow_pickle)
     name = format_of(file)
     report = {
         "format": name,
@@ -100,7 +100,7 @@ def _unread() -> dict[str, Any]:
 
 
 def _read(
-    file: Checkpoint,
+    file: AdapterFile,
     name: str,
     facts: TrainingFacts | None,
     given: Mapping[str, Any],

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..weights.files import Checkpoint, open_checkpoint, read_yaml
+from ..weights.files import AdapterFile, read_yaml
 from .adapter import Adapter, AdapterLayer
-from .facts import TrainingFacts, number
-from .own import Source
+from .facts import Given, TrainingFacts, number
 from .tensors import factors_of, grouped, one_rank, rank_of
 
 _FIELDS = {
@@ -39,62 +38,32 @@ _SINGLE_BLOCKS = "single_transformer_blocks."
 _SINGLE_TARGETS = ("to_q", "to_k", "to_v")
 
 
-def is_official_sdxl(file: Checkpoint) -> bool:
+def is_official_sdxl(file: AdapterFile) -> bool:
     """Whether a file is the authors' for SDXL."""
     return _is_official(file) and not is_official_flux(file)
 
 
-def is_official_flux(file: Checkpoint) -> bool:
+def is_official_flux(file: AdapterFile) -> bool:
     """Whether a file is the authors' for FLUX."""
     return _is_official(file) and all(_FLUX_LAYER.match(name) for name in file.tensors)
 
 
-def read_official_sdxl(
-    source: Source,
-    *,
-    facts: TrainingFacts | None = None,
-    hparams: str | os.PathLike[str] | None = None,
-) -> Adapter:
-    """Read pytorch_lora_weights.safetensors of the authors' SDXL trainer, vanilla or orthogonal.
+def read_official_sdxl(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter of the authors' SDXL trainer, vanilla or orthogonal.
 
     The rank schedule is in its logs/hparams.yml alone, which is looked for beside the file.
-
-    Args:
-        source: The file, its checkpoint folder, or the opened file.
-        facts: What the training used, where there is no hparams.yml: min_rank, rank_schedule,
-            schedule_exponent.
-        hparams: Path of hparams.yml, if it is somewhere else.
-
-    Raises:
-        ValueError: If the file is another, or a fact is missing.
     """
-    file = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     layers = {
         _sdxl_name(name): fields for name, fields in grouped(file.tensors, _FIELDS, _SDXL).items()
     }
-    path = hparams or _hparams_beside(file.path)
+    path = given.hparams or _hparams_beside(file.path)
     found = {} if path is None else _sdxl_facts(_mapping(path), str(path))
-    joined = (facts or TrainingFacts()).joined({**found, "num_train_timesteps": 1000.0}, str(path))
+    joined = given.facts.joined({**found, "num_train_timesteps": 1000.0}, str(path))
     return _adapter("unet", layers, joined, _SDXL, ())
 
 
-def read_official_flux(
-    source: Source,
-    *,
-    facts: TrainingFacts | None = None,
-    hparams: str | os.PathLike[str] | None = None,
-) -> Adapter:
-    """Read lora.pt of the authors' FLUX trainer. It is unpickled without running code of the file.
-
-    Args:
-        source: The file, its checkpoint folder, or the opened file.
-        facts: What the training used, where there is no hparams.yml: min_rank, rank_schedule.
-        hparams: Path of hparams.yml; looked for in logs/ beside the file if None.
-
-    Raises:
-        ValueError: If the file is another, or a fact is missing.
-    """
-    file = source if isinstance(source, Checkpoint) else open_checkpoint(source, allow_pickle=True)
+def read_official_flux(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter of the authors' FLUX trainer, with an hparams.yml as that for SDXL."""
     layers, dead = {}, 0
     for name, fields in grouped(file.tensors, _FIELDS, _FLUX).items():
         block, _, target = name.partition(".attn.processor.")
@@ -104,18 +73,18 @@ def read_official_flux(
             dead += 1
             continue
         layers[f"{block}.attn.{_FLUX_TARGETS[target]}"] = fields
-    path = hparams or _hparams_beside(file.path)
+    path = given.hparams or _hparams_beside(file.path)
     found = {} if path is None else _flux_facts(_mapping(path), str(path))
     # its pipelines count to 1000 and pass a thousandth of it on; its schedule has no exponent
     fixed = {"num_train_timesteps": 1.0, "schedule_exponent": 1.0}
     notes = (
         f"{dead} adapters of single blocks, which the trainer makes but never calls, are left out.",
     )
-    joined = (facts or TrainingFacts()).joined({**found, **fixed}, str(path))
+    joined = given.facts.joined({**found, **fixed}, str(path))
     return _adapter("transformer", layers, joined, _FLUX, notes if dead else ())
 
 
-def _is_official(file: Checkpoint) -> bool:
+def _is_official(file: AdapterFile) -> bool:
     return any(".processor." in name for name in file.tensors) and all(
         name.endswith(tuple(_FIELDS)) for name in file.tensors
     )

@@ -5,30 +5,24 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..weights.files import Checkpoint, open_checkpoint, replaced_together, write_tensors
+from ..weights.files import AdapterFile, replaced_together, write_tensors
 from ..weights.names import COMPONENT, OWN_FIELDS, component_of
 from ..weights.state_dict import config_from_state_dict, is_tlora
 from .adapter import Adapter
+from .facts import Given
 from .tensors import layers_of_own, own_tensors
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FILE = "pytorch_lora_weights.safetensors"
 _PREFIX = "base_model.model."
 
-Source = str | os.PathLike[str] | Checkpoint
 
-
-def checkpoint(source: Source) -> Checkpoint:
-    """A checkpoint, opened if it isn't yet."""
-    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
-
-
-def is_peft(file: Checkpoint) -> bool:
+def is_peft(file: AdapterFile) -> bool:
     """Whether a file is the T-LoRA adapter of PEFT's folder."""
     return is_tlora(file.tensors) and all(name.startswith(_PREFIX) for name in file.tensors)
 
 
-def is_diffusers(file: Checkpoint) -> bool:
+def is_diffusers(file: AdapterFile) -> bool:
     """Whether a file is diffusers' with a T-LoRA adapter in it."""
     return is_tlora(file.tensors) and all(
         name.endswith(tuple(OWN_FIELDS)) and COMPONENT.fullmatch(name.partition(".")[0])
@@ -36,20 +30,11 @@ def is_diffusers(file: Checkpoint) -> bool:
     )
 
 
-def read_peft(source: Source, *, component: str | None = None) -> Adapter:
-    """Read the folder that PEFT's `save_pretrained` writes.
-
-    Args:
-        source: The folder, its adapter_model.safetensors, or the opened file.
-        component: Name of the model in diffusers' pipelines; told by the layers' names if None.
-
-    Raises:
-        ValueError: If it holds no T-LoRA adapter, or more than one.
-    """
-    file = checkpoint(source)
+def read_peft(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter in the folder that PEFT's `save_pretrained` writes."""
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
     layers = layers_of_own(tensors, "PEFT with T-LoRA")
-    return Adapter(component or component_of(layers), layers)
+    return Adapter(given.component or component_of(layers), layers)
 
 
 def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
@@ -77,21 +62,16 @@ def write_peft(adapter: Adapter, destination: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def read_diffusers(source: Source, *, component: str | None = None) -> Adapter:
-    """Read the file that the `save_lora_weights` of diffusers' pipelines writes.
+def read_diffusers(file: AdapterFile, given: Given) -> Adapter:
+    """One of the adapters in the file that diffusers' `save_lora_weights` writes.
 
-    An `Adapter` is of one model: the adapter's notes count the tensors of the others.
-
-    Args:
-        source: The file, a folder with it, or the opened file.
-        component: Which of the pipeline's models, such as "unet"; the only one if None.
+    Its notes count the tensors of the others.
 
     Raises:
-        ValueError: If it holds no T-LoRA adapter for that model, or several and none was chosen.
+        ValueError: If there are several and none was chosen.
     """
-    file = checkpoint(source)
     counts = Counter(name.partition(".")[0] for name in file.tensors)
-    component, notes = choose_component(file.path, counts, component)
+    component, notes = choose_component(file.path, counts, given.component)
     prefix = f"{component}."
     tensors = {
         name.removeprefix(prefix): tensor

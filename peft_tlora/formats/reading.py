@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ..config import TLoraConfig
-from ..weights.files import Checkpoint, open_checkpoint
+from ..weights.files import AdapterFile, open_file
 from .adapter import Adapter
-from .facts import TrainingFacts
+from .facts import Given, TrainingFacts
 from .official import (
     is_official_flux,
     is_official_sdxl,
@@ -36,12 +36,12 @@ class Format(NamedTuple):
         title: What it is, in words.
         matches: Whether an opened file has it.
         read: Its reader.
-        takes: Which of the arguments of `read_adapter` the reader takes.
+        takes: Which of the arguments of `read_adapter` mean something for it, beside `base`.
     """
 
     title: str
-    matches: Callable[[Checkpoint], bool]
-    read: Callable[..., Adapter]
+    matches: Callable[[AdapterFile], bool]
+    read: Callable[[AdapterFile, Given], Adapter]
     takes: tuple[str, ...]
 
 
@@ -49,7 +49,7 @@ FORMATS = {
     "peft": Format("folder of PEFT", is_peft, read_peft, ("component",)),
     "diffusers": Format("file of diffusers", is_diffusers, read_diffusers, ("component",)),
     "state_dict": Format(
-        "state dict of a host", is_state_dict, read_state_dict, ("component", "base", "config")
+        "state dict of a host", is_state_dict, read_state_dict, ("component", "config")
     ),
     "official_sdxl": Format(
         "authors' SDXL trainer", is_official_sdxl, read_official_sdxl, ("facts", "hparams")
@@ -57,16 +57,16 @@ FORMATS = {
     "official_flux": Format(
         "authors' FLUX trainer", is_official_flux, read_official_flux, ("facts", "hparams")
     ),
-    "sd_scripts": Format("sd-scripts fork", is_sd_scripts, read_sd_scripts, ("facts", "base")),
-    "takenoko": Format("Takenoko", is_takenoko, read_takenoko, ("facts", "base")),
-    "lycoris": Format("LyCORIS tlora", is_lycoris, read_lycoris, ("facts", "base")),
+    "sd_scripts": Format("sd-scripts fork", is_sd_scripts, read_sd_scripts, ("facts",)),
+    "takenoko": Format("Takenoko", is_takenoko, read_takenoko, ("facts",)),
+    "lycoris": Format("LyCORIS tlora", is_lycoris, read_lycoris, ("facts",)),
 }
 
 
 _PLAIN = re.compile(r"(lora_(A|B|down|up)|lora\.(down|up))(\.[^.]+)?\.weight$|\.alpha$")
 
 
-def format_of(file: Checkpoint) -> str:
+def format_of(file: AdapterFile) -> str:
     """The format of an opened file, a key of `FORMATS`.
 
     Raises:
@@ -88,7 +88,7 @@ def format_of(file: Checkpoint) -> str:
 
 
 def read_adapter(
-    source: str | os.PathLike[str] | Checkpoint,
+    source: str | os.PathLike[str] | AdapterFile,
     *,
     facts: TrainingFacts | None = None,
     base: nn.Module | None = None,
@@ -113,33 +113,18 @@ def read_adapter(
         ValueError: If the file is damaged, unknown or mixed, or doesn't say enough, or an argument
             has no meaning for its format.
     """
-    file = (
-        source
-        if isinstance(source, Checkpoint)
-        else open_checkpoint(source, allow_pickle=allow_pickle)
-    )
-    name = format_of(file)
-    given = {
-        "facts": facts,
-        "base": base,
-        "component": component,
-        "hparams": hparams,
-        "config": config,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    unused = sorted(given.keys() - set(FORMATS[name].takes) - {"base"})
+    if not isinstance(source, AdapterFile):
+        source = open_file(source, allow_pickle=allow_pickle)
+    format = FORMATS[format_of(source)]
+    given = Given(facts or TrainingFacts(), base, component, hparams, config)
+    known = {"base", *format.takes} | set(given.facts.known() if "facts" in format.takes else ())
+    unused = [name for name in given.names() if name not in known]
     if unused:
-        names = [
-            n for key in unused for n in (facts.known() if key == "facts" and facts else [key])
-        ]
         raise ValueError(
-            f"{', '.join(names)} was given, but {file.path.name} is of the "
-            f"{FORMATS[name].title}, which has no use for it; leave it out."
+            f"{', '.join(unused)} was given, but {source.path.name} is of the {format.title}, "
+            "which has no use for it; leave it out."
         )
-    takes = {"base": None} if "base" in FORMATS[name].takes else {}
-    adapter = FORMATS[name].read(
-        file, **{**takes, **{key: given[key] for key in given if key in FORMATS[name].takes}}
-    )
+    adapter = format.read(source, given)
     if base is not None:
         adapter.check_fits(base)
     return adapter

@@ -13,55 +13,45 @@ from torch import Tensor, nn
 from ..config import TLoraConfig
 from ..functional import Factors
 from ..timestep.denoisers import Denoiser, find_denoiser, name_inside
-from ..weights.files import Checkpoint, parse_json, read_json
+from ..weights.files import AdapterFile, parse_json, read_json
 from ..weights.fit import check_projections
 from ..weights.names import COMPONENT, OWN_FIELDS, check_name, component_of, parsed
 from ..weights.start import Recipe, canonical_name, new_start
 from .adapter import Adapter, AdapterLayer
-from .own import Source, checkpoint, choose_component, is_diffusers, is_peft
+from .facts import Given
+from .own import choose_component, is_diffusers, is_peft
 from .tensors import grouped, layers_of_own, rank_of
 
 _FORMAT = "a state dict with T-LoRA"
 _TRAINED = {"dq": "lora_A", "dp": "lora_B", "dlam": "lora_lambda"}
 
 
-def is_state_dict(file: Checkpoint) -> bool:
+def is_state_dict(file: AdapterFile) -> bool:
     """Whether a file has the tensors of a T-LoRA or a plain LoRA by names that a host gave them."""
     own = is_peft(file) or is_diffusers(file)
     return bool(file.tensors) and not own and all(parsed(name) for name in file.tensors)
 
 
-def read_state_dict(
-    source: Source,
-    *,
-    component: str | None = None,
-    base: nn.Module | None = None,
-    config: TLoraConfig | None = None,
-) -> Adapter:
-    """Read an adapter's tensors from a model's state dict.
+def read_state_dict(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter in a model's state dict.
 
     What wrappers and pipelines put before the names, and the adapter's name in them, are left out.
-
-    Args:
-        source: The file or the opened file.
-        component: Name of the model in diffusers' pipelines, where the names have several.
-        base: The denoiser of diffusers that it is for, also without weights: its names tell those
-            of other modules around it, its class how it counts time.
-        config: The config that the adapter was trained with, if the file holds the trained tensors
-            alone, as hosts save them that keep what requires grad. The start is made from it.
+    If the file holds the trained tensors alone, as hosts save them that keep what requires grad,
+    the start is made from the config. The names in the base tell an adapter's layers from those of
+    modules around it.
 
     Raises:
         ValueError: If the file holds plain LoRA, is for another base, or needs a config or
             contradicts it.
     """
-    file = checkpoint(source)
+    base, config = given.base, given.config
     known = set() if base is None else {name for name, _ in base.named_modules()}
     parts = _by_component(file.tensors, known)
     notes: tuple[str, ...] = ()
     chosen = ""
     if parts.keys() != {""}:
         counts = {name: len(part) for name, part in parts.items()}
-        chosen, notes = choose_component(file.path, counts, component)
+        chosen, notes = choose_component(file.path, counts, given.component)
     tensors = parts[chosen] if base is None else _in_base(parts[chosen], base, known)
     if config is None:
         layers = layers_of_own(tensors, _FORMAT)
@@ -72,7 +62,7 @@ def read_state_dict(
                 "The start is made from the names of the layers in the file, such as "
                 f"{next(iter(layers))}: --base makes sure that they are the model's own.",
             )
-    return Adapter(chosen or component or component_of(layers), layers, notes)
+    return Adapter(chosen or given.component or component_of(layers), layers, notes)
 
 
 def read_config(source: str | os.PathLike[str]) -> TLoraConfig:

@@ -6,12 +6,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..functional import Factors
-from ..weights.files import Checkpoint, open_checkpoint
+from ..weights.files import AdapterFile
 from ..weights.names import component_of
 from .adapter import Adapter, AdapterLayer
-from .facts import TrainingFacts, in_unit_of, number
+from .facts import Given, TrainingFacts, in_unit_of, number
 from .names import underscored
-from .own import Source
 from .recomputed import recompute
 from .tensors import factors_of, grouped, one_rank, rank_of
 
@@ -41,7 +40,7 @@ _TAKENOKO = Trainer("Takenoko", ("t_lora_unet_",), "base_lambda")
 _LYCORIS = Trainer("LyCORIS", ("lycoris_", "lora_unet_"), None)
 
 
-def is_sd_scripts(file: Checkpoint) -> bool:
+def is_sd_scripts(file: AdapterFile) -> bool:
     """Whether a file is of the sd-scripts fork."""
     return _is_of(file, _SD_SCRIPTS) and (
         any(name.startswith(_METADATA) for name in file.metadata)
@@ -49,12 +48,12 @@ def is_sd_scripts(file: Checkpoint) -> bool:
     )
 
 
-def is_takenoko(file: Checkpoint) -> bool:
+def is_takenoko(file: AdapterFile) -> bool:
     """Whether a file is Takenoko's."""
     return _is_of(file, _TAKENOKO)
 
 
-def is_lycoris(file: Checkpoint) -> bool:
+def is_lycoris(file: AdapterFile) -> bool:
     """Whether a file is LyCORIS' with its algorithm tlora."""
     return (
         _is_of(file, _LYCORIS)
@@ -63,47 +62,22 @@ def is_lycoris(file: Checkpoint) -> bool:
     )
 
 
-def read_sd_scripts(
-    source: Source, *, base: nn.Module | None, facts: TrainingFacts | None = None
-) -> Adapter:
-    """Read a file of the sd-scripts fork that writes ss_tlora_* metadata.
-
-    Args:
-        source: The file or the opened file.
-        base: The denoiser of diffusers that it is for, also without weights (on the meta device):
-            the file names layers with underscores, which the model's own names resolve.
-        facts: What the training used, where the metadata is lost: min_rank, schedule_exponent,
-            num_train_timesteps, rank_schedule.
-
-    Raises:
-        ValueError: If the file is another or for another base, or a fact is missing.
-    """
-    file = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+def read_sd_scripts(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter of the sd-scripts fork that writes ss_tlora_* metadata."""
     found = _metadata_facts(file.metadata)
-    joined = (facts or TrainingFacts()).joined(found, f"the metadata of {file.path.name}")
-    return _read(file, _SD_SCRIPTS, base, joined, lambda name, factors, weight: factors)
+    facts = given.facts.joined(found, f"the metadata of {file.path.name}")
+    return _read(file, _SD_SCRIPTS, given.base, facts, lambda name, factors, weight: factors)
 
 
-def read_takenoko(
-    source: Source, *, base: nn.Module | None, facts: TrainingFacts | None = None
-) -> Adapter:
-    """Read a file of Takenoko (Wan).
+def read_takenoko(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter of Takenoko (Wan).
 
     Takenoko masks timesteps above its `tlora_boundary_timestep` (875 by default) by a schedule of
     their own, and none below. This package has no such schedule: with a boundary of 0 the file is
     taken over exactly, with another one only for what runs below it, as
     `rank_schedule="constant"`.
-
-    Args:
-        source: The file or the opened file.
-        base: The denoiser of diffusers that it is for, also without weights.
-        facts: What the training used: min_rank, schedule_exponent, boundary_timestep.
-
-    Raises:
-        ValueError: If the file is another or for another base, or a fact is missing.
     """
-    file = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    facts = (facts or TrainingFacts()).joined({"num_train_timesteps": 1000.0}, "Takenoko's code")
+    facts = given.facts.joined({"num_train_timesteps": 1000.0}, "Takenoko's code")
     facts.require("boundary_timestep", format=_TAKENOKO.title)
     if facts.rank_schedule is None and facts.boundary_timestep == 0:
         facts = facts.joined({"rank_schedule": "power"}, "a boundary of 0")
@@ -114,30 +88,21 @@ def read_takenoko(
             " says. Pass rank_schedule='constant' (--rank-schedule constant) to use the adapter "
             "below it, as with Wan 2.2's low-noise expert."
         )
-    return _read(file, _TAKENOKO, base, facts, lambda name, factors, weight: factors)
+    return _read(file, _TAKENOKO, given.base, facts, lambda name, factors, weight: factors)
 
 
-def read_lycoris(
-    source: Source, *, base: nn.Module | None, facts: TrainingFacts | None = None
-) -> Adapter:
-    """Read a file of LyCORIS' algorithm tlora.
+def read_lycoris(file: AdapterFile, given: Given) -> Adapter:
+    """The adapter of LyCORIS' algorithm tlora.
 
     It has no frozen factors. LyCORIS makes them anew from the weights of the base model whenever it
     loads the file, and so does this function: they are right if the base has the very weights that
     the training started from. The adapter's notes say how far the result agrees with the trained
     factors, which stay close to where they started; see `recompute`.
 
-    Args:
-        source: The file or the opened file.
-        base: The denoiser of diffusers that it was trained on, with its weights.
-        facts: What the training used: sig_type ("principal" unless the trainer's config says
-            otherwise), min_rank, rank_schedule, schedule_exponent, num_train_timesteps.
-
     Raises:
-        ValueError: If the base is quantised or another, the file is another, or a fact is missing.
+        ValueError: If the base is quantised or another, or a fact is missing.
     """
-    file = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    facts = facts or TrainingFacts()
+    facts = given.facts
     facts.require("sig_type", format=_LYCORIS.title)
     agreement: dict[str, float] = {}
 
@@ -145,7 +110,7 @@ def read_lycoris(
         whole, agreement[name] = recompute(name, factors, weight, facts.sig_type or "")
         return whole
 
-    adapter = _read(file, _LYCORIS, base, facts, complete)
+    adapter = _read(file, _LYCORIS, given.base, facts, complete)
     return Adapter(adapter.component, adapter.layers, (*adapter.notes, *_trust(agreement)))
 
 
@@ -159,7 +124,7 @@ def _trust(agreement: Mapping[str, float]) -> tuple[str, ...]:
     )
 
 
-def _is_of(file: Checkpoint, trainer: Trainer) -> bool:
+def _is_of(file: AdapterFile, trainer: Trainer) -> bool:
     fields = _fields(trainer)
     return any(name.startswith(trainer.prefixes) for name in file.tensors) and all(
         name.partition(".")[2] in fields for name in file.tensors
@@ -195,7 +160,7 @@ def _metadata_facts(metadata: Mapping[str, str]) -> dict[str, object]:
 
 
 def _read(
-    file: Checkpoint,
+    file: AdapterFile,
     trainer: Trainer,
     base: nn.Module | None,
     facts: TrainingFacts,
@@ -223,9 +188,7 @@ def _read(
         schedule = in_unit_of(base, facts.schedule(r, trainer.title))
         layers[name] = AdapterLayer(factors, schedule, _alpha(name, fields))
     notes = (f"{others} tensors of text encoders are left out.",) if others else ()
-    adapter = Adapter(component_of(layers), layers, notes)
-    adapter.check_fits(base)
-    return adapter
+    return Adapter(component_of(layers), layers, notes)
 
 
 def _alpha(name: str, fields: Mapping[str, Tensor]) -> float:
@@ -235,7 +198,7 @@ def _alpha(name: str, fields: Mapping[str, Tensor]) -> float:
     return float(rank_of(name, fields) if alpha is None else alpha)
 
 
-def _of_denoiser(file: Checkpoint, trainer: Trainer) -> tuple[dict[str, Tensor], int]:
+def _of_denoiser(file: AdapterFile, trainer: Trainer) -> tuple[dict[str, Tensor], int]:
     """The denoiser's tensors without the prefix, and the number of those of text encoders."""
     tensors, others = {}, 0
     for name, tensor in file.tensors.items():

@@ -112,11 +112,11 @@ class ActiveRanks:
         timestep, rank = self._current(module)
         if timestep is None:
             return module.scaling[adapter], None
-        first = timestep.largest_rank(self.schedule)
-        if first is not None and timestep.is_uniform():
-            return module.scaling[adapter], first
-        r = r if first is None else first
-        return self._gate(timestep, rank, module.scaling[adapter], rows, r, twice), first
+        largest = timestep.largest_rank(self.schedule)
+        if largest is not None and timestep.is_uniform():
+            return module.scaling[adapter], largest
+        r = r if largest is None else largest
+        return self._gate(timestep, rank, module.scaling[adapter], rows, r, twice), largest
 
     def gate_of_called(
         self, module: Layer, adapter: str, rows: "Rows", r: int, samples: list[int] | None = None
@@ -170,7 +170,10 @@ class ActiveRanks:
         if state is None or self.schedule.rank_schedule == "constant":
             return None, None
         timestep = state.current()
-        return timestep, None if timestep is None else state.active_rank(timestep, self.schedule)
+        if timestep is None:
+            return None, None
+        state.watch(timestep, self.schedule)
+        return timestep, timestep.active_rank(self.schedule)
 
     def _align(
         self,

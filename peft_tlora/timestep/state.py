@@ -174,14 +174,13 @@ class TimestepState:
             )
         return None
 
-    def active_rank(self, timestep: CapturedTimestep, schedule: RankSchedule) -> int | Tensor:
-        """Active ranks at a timestep; warns once of values that the schedule doesn't expect."""
+    def watch(self, timestep: CapturedTimestep, schedule: RankSchedule) -> None:
+        """Note that a timestep is used; warn once of values that the schedule doesn't expect."""
         self.was_set = True
         if not timestep.checked and not is_traced():
             timestep.checked = True
             if timestep.unit is None:
                 self._check(timestep, schedule)
-        return timestep.active_rank(schedule)
 
     def _check(self, timestep: CapturedTimestep, schedule: RankSchedule) -> None:
         if self.assumption is not None:

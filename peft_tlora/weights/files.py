@@ -21,7 +21,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class AdapterFile:
     """What a file holds.
 
     Args:
@@ -35,7 +35,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
 
 
-def open_checkpoint(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+def open_file(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> AdapterFile:
     """Read all tensors of a file.
 
     Args:
@@ -53,11 +53,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, allow_pickle: bool = Fals
                 f"{path} is a pickle, and safetensors files alone are read without being asked. "
                 "Pass allow_pickle=True (--allow-pickle) if it comes from a place you trust."
             )
-        return Checkpoint(path, _unpickle(path), {})
+        return AdapterFile(path, _unpickle(path), {})
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            return Checkpoint(
+            return AdapterFile(
                 path, {name: file.get_tensor(name) for name in names}, file.metadata() or {}
             )
     except (SafetensorError, OSError) as error:
