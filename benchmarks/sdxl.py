@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from diffusers import UNet2DConditionModel
 from measure import device
+from torch import nn
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 _FULL = {"block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "heads": (5, 10, 20)}
@@ -33,6 +34,17 @@ def _unet(config: dict, full: bool) -> UNet2DConditionModel:
         projection_class_embeddings_input_dim=2816,
         use_linear_projection=True,
     )
+
+
+def without_weights() -> UNet2DConditionModel:
+    """The U-Net at full size on the meta device, its linear layers with one zero each."""
+    with torch.device("meta"):
+        model = _unet(_FULL, full=True)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            weight = torch.zeros(1).expand(layer.weight.shape)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+    return model
 
 
 def inputs(model: UNet2DConditionModel, batch: int, dtype: torch.dtype) -> dict[str, object]:

@@ -106,7 +106,7 @@ def train(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-4)
     start = time.monotonic()
-    for _ in tqdm(range(steps), desc=f"{TITLES[method]:>7}", unit="step"):
+    for _ in tqdm(range(steps), desc=f"{TITLES[method]:>10}: training", unit="step"):
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,))
         noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -120,13 +120,14 @@ def train(
     return time.monotonic() - start
 
 
-def sample(adapter: Path | None, prompts: list[str]) -> list[Image.Image]:
+def sample(title: str, adapter: Path | None, prompts: list[str]) -> list[Image.Image]:
     """Generate with a fresh base and the adapter stored at ``adapter``."""
     pipeline = DiffusionPipeline.from_pretrained(str(MODEL))
     if adapter:
         # The layers are injected in place, so the pipeline's own denoiser is now adapted.
         PeftModel.from_pretrained(pipeline.unet, str(adapter))
-    return generate(pipeline, prompts, seed=100, guidance=1.5)
+    desc = f"{title:>10}: {len(prompts)} pictures"
+    return generate(pipeline, prompts, seed=100, guidance=1.5, desc=desc)
 
 
 def follow_rates(pictures: list[Image.Image], given: Image.Image) -> dict[str, float]:
@@ -143,34 +144,34 @@ def follow_rates(pictures: list[Image.Image], given: Image.Image) -> dict[str, f
         "background": float(np.mean([r.background == a[1] for r, a in pairs])),
         "texture": float(np.mean([r.background == a[1] and r.texture == a[2] for r, a in pairs])),
         "position": float(np.mean([r.position == a[0] for r, a in pairs])),
-        "object colours": float(np.mean(likeness)),
+        "likeness": float(np.mean(likeness)),
     }
 
 
 def draw_sheet(given: Image.Image, rows: dict[str, list[Image.Image]]) -> Image.Image:
     """The given picture, and a labelled row for each method."""
     margin, label, step = 8, 18, TILE + 8
-    columns = len(SCENES)
-    size = (margin + step * (columns + 1), 3 * label + (step + label) * len(rows))
+    titles = margin + step  # the column with the rows' titles, after the given picture
+    first = titles + 72
+    size = (first + step * len(SCENES), 2 * label + margin + step * len(rows))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 
-    def paste(picture: Image.Image, column: int, top: int) -> None:
-        tile = picture.resize((TILE, TILE), Image.Resampling.NEAREST)
-        sheet.paste(tile, (margin + column * step, top))
+    def paste(picture: Image.Image, left: int, top: int) -> None:
+        sheet.paste(picture.resize((TILE, TILE), Image.Resampling.NEAREST), (left, top))
 
-    for column, (position, background, texture) in enumerate(SCENES, start=1):
-        left = margin + column * step
+    for column, (position, background, texture) in enumerate(SCENES):
+        left = first + column * step
         draw.text((left, 6), f"... in the {position}", fill="black")
         draw.text((left, 6 + label), f"on a {background} {texture} background", fill="black")
-    top = 3 * label
-    draw.text((margin, top - label + 2), "the given picture", fill="black")
-    paste(given, 0, top)
+    top = 2 * label + margin
+    draw.text((margin, 6 + label), "the given picture", fill="black")
+    paste(given, margin, top)
     for row, (method, pictures) in enumerate(rows.items()):
-        y = top + row * (step + label)
-        draw.text((margin + step, y - label + 2), TITLES[method], fill="black")
-        for column, picture in enumerate(pictures[:columns], start=1):
-            paste(picture, column, y)
+        y = top + row * step
+        draw.text((titles, y + TILE // 2), TITLES[method], fill="black", anchor="lm")
+        for column, picture in enumerate(pictures[: len(SCENES)]):
+            paste(picture, first + column * step, y)
     return sheet
 
 
@@ -193,14 +194,19 @@ def main() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     prompts = [f"{args.prompt} in the {p} on a {b} {t} background" for p, b, t in SCENES]
-    rows = {"base": sample(None, prompts)}
+    rows = {"base": sample(TITLES["base"], None, prompts)}
     shares = {}
     for method in METHODS:
         folder = args.output / method
         seconds = train(method, given, args.prompt, folder, steps=args.steps, lr=args.lr)
-        rows[method] = sample(folder, prompts * args.seeds)
+        rows[method] = sample(TITLES[method], folder, prompts * args.seeds)
         shares[method] = {**follow_rates(rows[method], given), "seconds": seconds}
     draw_sheet(given, rows).save(args.output / "demo.png")
+    count = len(SCENES) * args.seeds
+    print(
+        f"Shares of {count} pictures with what was asked: the background's colour, also its "
+        "texture, the object's place. Likeness of the object's colours to the given ones, 0 to 1."
+    )
     for method, values in shares.items():
         print(f"{TITLES[method]:>7}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
     print(f"wrote {args.output / 'demo.png'}, {', '.join(str(args.output / m) for m in METHODS)}")

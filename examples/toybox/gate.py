@@ -38,9 +38,13 @@ def generate(
     steps: int = 25,
     guidance: float = 3.5,
     batch: int = 25,
+    desc: str | None = None,
 ) -> list[Image.Image]:
-    """Generate one picture a prompt; picture ``i`` starts from the noise of ``seed + i``."""
-    pipeline.set_progress_bar_config(disable=True)
+    """Generate one picture a prompt; picture ``i`` starts from the noise of ``seed + i``.
+
+    A progress bar shows the steps of each batch if there is a ``desc`` to put before it.
+    """
+    pipeline.set_progress_bar_config(disable=desc is None, desc=desc)
     pictures = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
