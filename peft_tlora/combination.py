@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import TLoraConfig
 from .functional import interleave
-from .layers.factors import Factor
+from .layers.factors import TensorModule
 from .layers.layer import TLoraLayer
 from .layers.protocol import groups_of
 from .schedule import RankSchedule
@@ -186,7 +186,7 @@ def _write_plainly(
         undo += [(layer.lora_A, adapter, layer.lora_A[adapter])]
         undo += [(layer.lora_B, adapter, layer.lora_B[adapter])]
         down, up = _plain_factors(layer, adapter, combination)
-        layer.lora_A[adapter], layer.lora_B[adapter] = Factor(down), Factor(up)
+        layer.lora_A[adapter], layer.lora_B[adapter] = TensorModule(down), TensorModule(up)
         if adapter in layer.lora_variant:
             undo += [(layer.lora_variant, adapter, layer.lora_variant.pop(adapter))]
 

@@ -28,8 +28,8 @@ class Factors(NamedTuple):
     p0: Tensor | None = None
     lam0: Tensor | None = None
 
-    def first(self, ranks: int | None) -> "Factors":
-        """The factors of the first ranks of an adapter without groups, None for all."""
+    def leading(self, ranks: int | None) -> "Factors":
+        """The factors of so many first ranks of an adapter without groups, None for all."""
         dq, dp, dlam, q0, p0, lam0 = self
         if ranks is None or ranks >= len(dq):
             return self

@@ -1,7 +1,7 @@
 """TLoraModel: PEFT's tuner for T-LoRA."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +20,6 @@ from .hosts.diffusers import (
 from .layers.dispatch import become_tlora_layer
 from .layers.initialization import add_tlora
 from .layers.layer import TLoraLayer
-from .regularization import orthogonality_loss
 from .timestep.denoisers import Denoiser, find_denoiser, name_inside
 from .timestep.hooks import connect, disconnect
 from .weights.state_dict import schedule_fields
@@ -114,10 +113,6 @@ class TLoraModel(LoraModel):
         with as_plain_lora(self, self.peft_config, plan):
             super().add_weighted_adapter(*arguments, **kwargs)  # pyright: ignore[reportArgumentType]
         order_by_rank(self, adapter_name, plan)
-
-    def orthogonality_loss(self, adapter_names: Iterable[str] | None = None) -> Tensor:
-        """How far the factors are from orthonormal; see `peft_tlora.orthogonality_loss`."""
-        return orthogonality_loss(self, adapter_names)
 
     def _warn_of_layers(self, adapter_name: str, config: Any) -> None:
         """Name the layers of a new adapter that have no mask, or more ranks than they can use."""

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from peft_tlora import TLoraConfig
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 
@@ -126,3 +128,24 @@ def assert_masks_follow(watch, scheduler, calls=1, scale=1.0):
     assert ranks == [watch.schedule.active_rank(torch.tensor(t)).item() for t in seen]
     assert ranks == sorted(ranks)
     assert len(set(ranks)) > 1
+
+
+CONFIG = {"r": 4, "min_rank": 1, "target_modules": ["to_q", "to_out"], "init_seed": 0}
+
+
+def adapted(model=None, **kwargs):
+    model = get_peft_model(model or TinyDenoiser(), TLoraConfig(**{**CONFIG, **kwargs}))
+    perturb(model)
+    return model
+
+
+def ranks_seen(model, *args, **kwargs):
+    """The active ranks of every masked layer of one forward, told by which lambdas got gradient."""
+    model.zero_grad()
+    output = model(*args, **kwargs)
+    (output if isinstance(output, torch.Tensor) else output.sample).square().sum().backward()
+    return {
+        name: int((parameter.grad != 0).sum())
+        for name, parameter in model.named_parameters()
+        if "lora_lambda" in name and parameter.grad is not None
+    }

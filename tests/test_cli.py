@@ -17,8 +17,8 @@ from peft_tlora.formats import read_adapter
 from peft_tlora.formats.own import write_diffusers, write_peft
 
 from . import foreign
-from .test_formats import official_flux, official_sdxl, sd_scripts
 from .tiny import families
+from .trainers import official_flux, official_sdxl, sd_scripts
 
 
 @pytest.fixture

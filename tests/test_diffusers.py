@@ -6,9 +6,8 @@ import pytest
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers, peft_utils
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.utils import peft_utils
+from peft import LoraConfig
 
 from peft_tlora import TLoraConfig
 from peft_tlora.hosts import diffusers as integration
@@ -16,33 +15,16 @@ from peft_tlora.integrations import diffusers as loaders
 
 from . import foreign
 from .conftest import perturb, tiny_unet
-from .tiny.pipelines import text_encoder
+from .tiny.pipelines import TIMES, LoaderPipeline, save_parts
 
-TIMES = [torch.tensor(t) for t in (0, 300, 700, 999)]
+pytestmark = pytest.mark.upstream
+
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-class Pipeline(StableDiffusionLoraLoaderMixin):
-    """Just what the loader asks of a pipeline."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.unet = tiny_unet()
-        self.text_encoder = text_encoder().eval()
-        self.components = {"unet": self.unet, "text_encoder": self.text_encoder}
-        self.hf_device_map = None
-
-    @torch.no_grad()
-    def outputs(self):
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(2, 4, 8, 8, generator=generator)
-        states = self.text_encoder(torch.arange(10).view(2, 5)).last_hidden_state
-        return [self.unet(x, t, states).sample for t in TIMES]
-
-
 def adapted(config_cls=TLoraConfig, **kwargs):
-    pipeline = Pipeline()
+    pipeline = LoaderPipeline()
     pipeline.unet.add_adapter(config_cls(r=4, lora_alpha=2, target_modules=UNET_TARGETS, **kwargs))
     pipeline.text_encoder.add_adapter(
         config_cls(r=2, lora_alpha=4, target_modules=TEXT_TARGETS, **kwargs)
@@ -50,16 +32,6 @@ def adapted(config_cls=TLoraConfig, **kwargs):
     perturb(pipeline.unet)
     perturb(pipeline.text_encoder)
     return pipeline
-
-
-def save(pipeline, folder, metadata):
-    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    layers = {
-        f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
-        for name, part in parts.items()
-    }
-    extra = _collate_lora_metadata(parts) if metadata else {}
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers, **extra)
 
 
 def assert_same(one, other):
@@ -73,8 +45,8 @@ def assert_same(one, other):
 )
 def test_load_lora_weights_generates_with_the_masks_on(tmp_path, fields, metadata):
     trained = adapted(**fields)
-    save(trained, tmp_path, metadata)
-    loaded = Pipeline()
+    save_parts(trained, tmp_path, metadata)
+    loaded = LoaderPipeline()
     loaded.load_lora_weights(str(tmp_path), adapter_name="toy")
     assert_same(loaded.outputs(), trained.outputs())
     assert type(loaded.unet.peft_config["toy"]) is TLoraConfig
@@ -83,9 +55,9 @@ def test_load_lora_weights_generates_with_the_masks_on(tmp_path, fields, metadat
 
 def test_a_state_dict_loads_as_its_file(tmp_path):
     trained = adapted()
-    save(trained, tmp_path, metadata=False)
+    save_parts(trained, tmp_path, metadata=False)
     weights = StableDiffusionLoraLoaderMixin.lora_state_dict(str(tmp_path))[0]
-    loaded = Pipeline()
+    loaded = LoaderPipeline()
     loaded.load_lora_weights(weights)
     assert_same(loaded.outputs(), trained.outputs())
 
@@ -103,11 +75,11 @@ def test_save_and_load_lora_adapter_of_a_model(tmp_path):
 
 @pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "weights alone"])
 def test_plain_lora_loads_as_before(tmp_path, metadata):
-    save(adapted(LoraConfig), tmp_path, metadata)
+    save_parts(adapted(LoraConfig), tmp_path, metadata)
     results = []
     for wrapped in (True, False):
         integration.install() if wrapped else loaders.unwrap()
-        pipeline = Pipeline()
+        pipeline = LoaderPipeline()
         pipeline.load_lora_weights(str(tmp_path))
         assert type(pipeline.unet.peft_config["default_0"]) is LoraConfig
         results.append(pipeline.outputs())
@@ -173,7 +145,7 @@ def test_another_programs_t_lora_is_refused_with_the_command_that_converts_it(tm
     """Its tensors are those of plain LoRA, and diffusers would load them as such."""
     path = foreign.save(tmp_path / "its.safetensors", kohya(), metadata)
     words = f"as another program writes it.*peft-tlora convert {path} NEW --to diffusers"
-    pipeline = Pipeline()
+    pipeline = LoaderPipeline()
     with pytest.raises(ValueError, match=words):
         pipeline.load_lora_weights(str(path))
     with pytest.raises(ValueError, match=words):
@@ -184,7 +156,7 @@ def test_another_programs_t_lora_is_refused_with_the_command_that_converts_it(tm
 def test_names_of_another_programs_t_lora_tell_it_without_metadata():
     ortho = {"lora_unet_mid_block_attentions_0_proj_in.q_layer.weight": torch.zeros(4, 16)}
     with pytest.raises(ValueError, match="peft-tlora convert FILE NEW"):
-        Pipeline().load_lora_weights(kohya(**ortho))
+        LoaderPipeline().load_lora_weights(kohya(**ortho))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +165,6 @@ def test_names_of_another_programs_t_lora_tell_it_without_metadata():
 )
 def test_plain_lora_that_speaks_of_t_lora_stays_plain(tmp_path, metadata):
     path = foreign.save(tmp_path / "its.safetensors", kohya(), metadata)
-    pipeline = Pipeline()
+    pipeline = LoaderPipeline()
     pipeline.load_lora_weights(str(path))
     assert type(pipeline.unet.peft_config["default_0"]) is LoraConfig

@@ -13,8 +13,7 @@ from peft_tlora.cli import main
 from peft_tlora.timestep import denoisers
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
-from . import test_formats as trainers
-from .test_lycoris import trained as lycoris
+from . import trainers
 from .tiny import families
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +51,7 @@ def test_the_commands_between_formats_run_as_they_are_written(tmp_path, monkeypa
     (path.parent / "logs" / "hparams.yml").write_text("tlora: true\nmin_rank: 2\n")
     trainers.sd_scripts(Path("a"), "sdxl")[0].rename("toy.safetensors")
     trainers.takenoko(Path("b"))[0].rename("wan.safetensors")
-    lycoris(Path("c"), "sdxl", num_train_timesteps=1000)[0].rename("lycoris.safetensors")
+    trainers.lycoris(Path("c"), "sdxl", num_train_timesteps=1000)[0].rename("lycoris.safetensors")
     page = (ROOT / "docs" / "interoperability.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^    peft-tlora (.*)", page, re.M)
     assert len(commands) > 10

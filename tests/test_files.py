@@ -25,8 +25,8 @@ from peft_tlora.weights.files import open_file, read_json, read_yaml, write_tens
 
 from . import foreign
 from .conftest import crash_after, crash_while_moving, perturb
-from .test_formats import METADATA, official_sdxl, sd_scripts
 from .tiny import families, pipelines
+from .trainers import METADATA, official_sdxl, sd_scripts
 
 ROOT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -18,13 +18,9 @@ from peft_tlora.formats.lora import LORA_WRITERS
 from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.reading import FORMATS, read_adapter
 
-from . import foreign
-from . import test_formats as trainers
-from .test_lycoris import FACTS as LYCORIS_FACTS
-from .test_lycoris import trained as lycoris
-from .test_names import PROGRAMS
-from .test_plain_lora import MIDDLE, expected_deltas
+from . import foreign, trainers
 from .tiny import families
+from .tiny.families import MIDDLE, PROGRAMS, expected_deltas
 
 BOUND = 1e-6
 RECOMPUTED = 1e-5
@@ -59,8 +55,8 @@ def of_host(folder, family, ortho_init):
 
 def of_lycoris(folder, family, ortho_init):
     total = 1.0 if family == "flux" else 1000.0
-    path, adapter, base = lycoris(folder, family, ortho_init, num_train_timesteps=total)
-    facts = replace(LYCORIS_FACTS, sig_type=ortho_init, num_train_timesteps=total)
+    path, adapter, base = trainers.lycoris(folder, family, ortho_init, num_train_timesteps=total)
+    facts = replace(trainers.LYCORIS_FACTS, sig_type=ortho_init, num_train_timesteps=total)
     return path, adapter, {"base": base, "facts": facts}
 
 

@@ -14,7 +14,6 @@ from peft_tlora.formats.adapter import Adapter
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.families import family_of
 from peft_tlora.formats.lora import write_kohya, write_lora
-from peft_tlora.formats.names import original
 from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.plain import plain_lora
 from peft_tlora.formats.reading import read_adapter
@@ -23,57 +22,15 @@ from . import foreign
 from .conftest import perturb
 from .tiny import families
 from .tiny.families import assert_equal
-
-FACTS = TrainingFacts(min_rank=2, rank_schedule="power", schedule_exponent=1.0)
-METADATA = {
-    "ss_tlora_min_rank": "2",
-    "ss_tlora_alpha_rank_scale": "1.0",
-    "ss_tlora_max_timestep": "1000",
-    "ss_tlora_init": "orthogonal",
-    "ss_tlora_sig_type": "last",
-}
-HPARAMS = "trainer_class: sdxl_tlora\ntrainer_type: ortho_lora\nlora_rank: 6\nmin_rank: 2\n"
-ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-
-
-def wan_name(name):
-    return original("wan", name).name
-
-
-def sgm_name(name):
-    return original("sdxl", name).name
-
-
-def official_sdxl(folder, family="sdxl", **fields):
-    adapter = families.adapter(family, ATTENTION, lora_alpha=6, num_train_timesteps=1000, **fields)
-    path = folder / "pytorch_lora_weights.safetensors"
-    foreign.save(path, foreign.official_sdxl(adapter))
-    (folder / "logs").mkdir()
-    (folder / "logs" / "hparams.yml").write_text(HPARAMS)
-    return path, foreign.read_back(adapter), {}
-
-
-def official_flux(folder, family="flux", ortho_init=None):
-    layers = r"transformer_blocks.*\.attn\.(to_[qkv]|to_out\.0|add_._proj)"
-    layers += r"|single_transformer_blocks.*\.attn\.to_[qkv]"
-    adapter = families.adapter(family, layers, lora_alpha=6, ortho_init=ortho_init)
-    path = foreign.save(folder / "lora.pt", foreign.official_flux(adapter))
-    facts = TrainingFacts(min_rank=2, rank_schedule="power")
-    return path, foreign.read_back(adapter), {"facts": facts, "allow_pickle": True}
-
-
-def sd_scripts(folder, family="sd", **fields):
-    adapter = families.adapter(family, num_train_timesteps=1000, **fields)
-    tensors = foreign.sd_scripts(adapter, sgm_name if family == "sdxl" else str)
-    path = foreign.save(folder / "adapter.safetensors", tensors, METADATA)
-    return path, foreign.read_back(adapter), {"base": families.model(family)}
-
-
-def takenoko(folder, family="wan", **fields):
-    adapter = families.adapter(family, **fields)
-    path = foreign.save(folder / "adapter.safetensors", foreign.takenoko(adapter, wan_name))
-    facts = TrainingFacts(min_rank=2, schedule_exponent=1.0, boundary_timestep=0)
-    return path, foreign.read_back(adapter), {"base": families.model(family), "facts": facts}
+from .trainers import (
+    FACTS,
+    HPARAMS,
+    METADATA,
+    official_flux,
+    official_sdxl,
+    sd_scripts,
+    takenoko,
+)
 
 
 @pytest.mark.parametrize("family", ["sd", "wan"])

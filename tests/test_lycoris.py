@@ -1,7 +1,5 @@
 """LyCORIS' files lack the frozen factors: they come back from the base, or are refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,39 +12,8 @@ from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 from . import foreign
 from .tiny import families
-
-FACTS = TrainingFacts(
-    min_rank=2,
-    rank_schedule="power",
-    schedule_exponent=1.0,
-    num_train_timesteps=1000,
-    sig_type="principal",
-)
-LAYERS = r".*\.attn.*\.(to_q|to_k|to_v|to_out\.0)"
-
-
-def trained(folder, family="sd3", sig_type="principal", prefix="lycoris_", random=False, **fields):
-    """An adapter as LyCORIS trains it, its file and its base."""
-    fields = {"r": 4, "min_rank": 2, "lora_alpha": 3, "ortho_init": sig_type, **fields}
-    adapter, base = families.adapter(family, LAYERS, **fields), families.model(family)
-    layers = {}
-    for name, layer in adapter.layers.items():  # closer to the start than what perturb does
-        dq, dp, dlam, *start = layer.factors
-        if not random:
-            start = triplets(base.get_submodule(name).weight, len(dq), sig_type)
-        factors = type(layer.factors)(0.1 * dq, 0.1 * dp, dlam, *start)
-        layers[name] = replace(layer, factors=factors, recipe=None)
-    adapter = replace(adapter, layers=layers)
-    path = foreign.save(folder / "a.safetensors", foreign.lycoris(adapter, prefix))
-    return path, foreign.read_back(adapter), base
-
-
-def triplets(weight, r, sig_type):
-    """Where LyCORIS' factors start, in float32 and not rounded as this package's are."""
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    first = {"principal": 0, "last": len(s) - r}[sig_type]
-    window = slice(first, first + r)
-    return vh[window], u[:, window], s[window, None]
+from .trainers import LYCORIS_FACTS as FACTS
+from .trainers import lycoris as trained
 
 
 def largest_error(found, expected, active=3):

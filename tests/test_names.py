@@ -4,8 +4,6 @@ tests/references/program_names.py made the reference by running ComfyUI's and th
 """
 
 import contextlib
-import json
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -15,8 +13,8 @@ from safetensors.torch import load_file
 from peft_tlora.formats.lora import write_comfyui, write_kohya
 from peft_tlora.formats.plain import PlainLora
 
-REFERENCE = Path(__file__).parent / "references" / "program_names.json"
-PROGRAMS = json.loads(REFERENCE.read_text())
+from .tiny.families import PROGRAMS
+
 UNET = diffusers.UNet2DConditionModel
 # as large as the models of the reference
 MODELS = {

@@ -24,6 +24,8 @@ from peft_tlora.weights.state_dict import config_from_state_dict
 
 from .conftest import TinyDenoiser, perturb, tiny_unet
 
+pytestmark = pytest.mark.upstream
+
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(6))
 TIMES = [torch.tensor(t) for t in range(0, 1001, 100)] + [torch.tensor([950, 20])]
 TARGETS = ["to_q", "to_out"]

@@ -11,6 +11,7 @@ from peft_tlora.formats.lora import write_comfyui, write_kohya, write_lora
 from peft_tlora.formats.plain import plain_lora
 
 from .tiny import families
+from .tiny.families import MIDDLE, expected_deltas
 
 PIPELINES = {
     "sd": diffusers.StableDiffusionPipeline,
@@ -21,7 +22,6 @@ PIPELINES = {
 }
 WRITERS = {"lora": lambda lora, path, family: write_lora(lora, path)}
 WRITERS |= {"kohya": write_kohya, "comfyui": write_comfyui}
-MIDDLE = {"flux": 0.5}  # a timestep in the model's unit with some of the ranks active
 # diffusers reads no SD3 with kohya's names; test_format_matrix.py has it
 READABLE = [
     (family, name)
@@ -58,24 +58,6 @@ def _part(cls):
     return (
         "unet" if "StableDiffusion" in cls.__name__ and "3" not in cls.__name__ else "transformer"
     )
-
-
-def expected_deltas(adapter, t):
-    """The paper's formula with float64 factors."""
-    deltas = {}
-    for name, layer in adapter.layers.items():
-        dq, dp, *rest = (f.double() for f in layer.factors if f is not None)
-        mask = (torch.arange(len(dq)) < layer.schedule.active_rank(t)).double()
-        delta = dp.flatten(1) @ torch.diag(mask) @ dq.flatten(1)
-        if rest:
-            dlam, q0, p0, lam0 = rest
-            delta = _masked(q0 + dq, p0 + dp, lam0 + dlam, mask) - _masked(q0, p0, lam0, mask)
-        deltas[name] = (layer.lora_alpha / len(dq) * delta).reshape(len(dp), *dq.shape[1:])
-    return deltas
-
-
-def _masked(q, p, lam, mask):
-    return p.flatten(1) @ torch.diag(mask * lam.flatten()) @ q.flatten(1)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -28,7 +28,9 @@ from peft_tlora.weights.start import draw_start, fingerprint, name_key, new_star
 from peft_tlora.weights.state_dict import config_from_state_dict
 
 from .conftest import TinyDenoiser, perturb
-from .test_diffusers import Pipeline, save
+from .tiny.pipelines import LoaderPipeline, save_parts
+
+pytestmark = pytest.mark.upstream
 
 CONFIG = {"r": 4, "min_rank": 1, "target_modules": ["to_q", "to_out"]}
 FULL = {"save_initial_factors": True}
@@ -83,17 +85,17 @@ def test_a_folder_gives_the_same_outputs_bit_for_bit(
 @pytest.mark.parametrize("fields", [{}, FULL, WEIGHT], ids=["seed", "full", "weight"])
 @pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "weights alone"])
 def test_a_file_of_diffusers_gives_the_same_outputs(tmp_path, metadata, fields):
-    trained = Pipeline()
+    trained = LoaderPipeline()
     for part, targets in ((trained.unet, ["to_q", "conv1"]), (trained.text_encoder, ["q_proj"])):
         config = TLoraConfig(
             r=4, target_modules=targets, ortho_init="middle", init_seed=3, **fields
         )
         part.add_adapter(config)
         perturb(part)
-    save(trained, tmp_path, metadata)
+    save_parts(trained, tmp_path, metadata)
     held = [name for name in load_file(next(tmp_path.iterdir())) if "_init" in name]
     assert bool(held) == bool(fields)
-    loaded = Pipeline()
+    loaded = LoaderPipeline()
     loaded.load_lora_weights(str(tmp_path), adapter_name="toy")
     assert_same(loaded.outputs(), trained.outputs())
     if "ortho_source" not in fields:
@@ -105,14 +107,14 @@ def test_a_file_of_diffusers_gives_the_same_outputs(tmp_path, metadata, fields):
 
 def test_a_text_encoder_follows_its_file_where_the_metadata_says_otherwise(tmp_path):
     """transformers puts a file's tensors past the layers, and the config's seed would win."""
-    trained = Pipeline()
+    trained = LoaderPipeline()
     config = TLoraConfig(r=4, target_modules=["q_proj"], init_seed=3)
     trained.text_encoder.add_adapter(config)
     trained.unet.add_adapter(TLoraConfig(r=4, target_modules=["to_q"], init_seed=3))
     perturb(trained.text_encoder)
     config.init_seed = trained.unet.peft_config["default"].init_seed = 0
-    save(trained, tmp_path, metadata=True)
-    loaded = Pipeline()
+    save_parts(trained, tmp_path, metadata=True)
+    loaded = LoaderPipeline()
     loaded.load_lora_weights(str(tmp_path))
     assert_same(loaded.outputs(), trained.outputs())
 

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_tlora import active_rank, timestep_context
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
-from .conftest import TinyDenoiser
-from .test_timestep import adapted, ranks_seen
+from .conftest import TinyDenoiser, adapted, ranks_seen
 
 TIMES = (0, 400, 700, 1000)
 

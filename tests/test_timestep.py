@@ -15,27 +15,7 @@ from peft_tlora.layers import ranks
 from peft_tlora.timestep import recomputation
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
-from .conftest import TinyDenoiser, perturb, tiny_unet
-
-CONFIG = {"r": 4, "min_rank": 1, "target_modules": ["to_q", "to_out"], "init_seed": 0}
-
-
-def adapted(model=None, **kwargs):
-    model = get_peft_model(model or TinyDenoiser(), TLoraConfig(**{**CONFIG, **kwargs}))
-    perturb(model)
-    return model
-
-
-def ranks_seen(model, *args, **kwargs):
-    """The active ranks of every masked layer of one forward, told by which lambdas got gradient."""
-    model.zero_grad()
-    output = model(*args, **kwargs)
-    (output if isinstance(output, torch.Tensor) else output.sample).square().sum().backward()
-    return {
-        name: int((parameter.grad != 0).sum())
-        for name, parameter in model.named_parameters()
-        if "lora_lambda" in name and parameter.grad is not None
-    }
+from .conftest import CONFIG, TinyDenoiser, adapted, perturb, ranks_seen, tiny_unet
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from peft_tlora import active_rank
 from peft_tlora.layers import ranks
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
-from .test_timestep import adapted
+from .conftest import adapted
 
 TIMES = torch.tensor([[1000, 600, 300, 0], [0, 0, 900, 100]])
 

@@ -28,6 +28,8 @@ from peft_tlora import TLoraConfig
 
 from .conftest import perturb
 
+pytestmark = pytest.mark.upstream
+
 # names of older versions that transformers has deprecated, one of which PEFT asks for
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 IDS = torch.tensor([[1, 5, 7, 2], [1, 3, 9, 2]])

@@ -5,8 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
 
-from .conftest import TinyDenoiser
-from .test_timestep import adapted
+from .conftest import TinyDenoiser, adapted
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 
 from evidence import analysis
 from evidence.arms import title
-from evidence.concepts import CONCEPTS, draw, training_setting
+from evidence.concepts import CONCEPTS, asked_settings, draw, training_setting
 from evidence.plan import Plan, Variant, at_rank
 from evidence.store import Record
 from evidence.tables import name_of
-from evidence.trial import Cell
+from evidence.trial import ASKED, Cell
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -84,7 +84,10 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def grid(folder: Path, cells: Sequence[Cell], path: Path) -> bool:
-    """A row of pictures for each trial at its last checkpoint; False if there are none."""
+    """A row of pictures for each trial at its last checkpoint; False if there are none.
+
+    Over the columns stands what was asked: place, background and texture, or nothing at all.
+    """
     files = {title(cell.arm): folder / cell.picture_name(max(cell.steps)) for cell in cells}
     rows = {label: Image.open(file) for label, file in files.items() if file.exists()}
     if not rows:
@@ -93,8 +96,12 @@ def grid(folder: Path, cells: Sequence[Cell], path: Path) -> bool:
     width, height = next(iter(rows.values())).size
     sheet = Image.new("RGB", (label_width + width, (height + 4) * (len(rows) + 1)), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((4, height // 2), "the given picture", fill="black")
-    sheet.paste(draw(given, training_setting(given)), (label_width, 0))
+    pen.text((4, 18), "the given\npicture", fill="black")
+    sheet.paste(draw(given, training_setting(given)), (label_width - height - 8, 0))
+    captions = [f"{s.position}\n{s.background}\n{s.texture}" for s in asked_settings(given, ASKED)]
+    bare = ["bare\nprompt"] * (width // height - ASKED)
+    for column, caption in enumerate(captions + bare):
+        pen.text((label_width + column * height, 18), caption, fill="black")
     for number, (label, picture) in enumerate(rows.items(), start=1):
         top = number * (height + 4)
         pen.text((4, top + height // 2), label, fill="black")

@@ -113,10 +113,10 @@ def _exchanged(
             loading = kwargs.get("state_dict") is not None or kwargs.get("low_cpu_mem_usage")
             if loading or type(one) is not LoraConfig or not (text_encoders or _is_denoiser(model)):
                 return LoraModel(model, config, adapter_name, *args, **kwargs)
-            new = convert(one, **options)
+            new = tlora_config(one, **options)
             tuner = TLoraModel(model, {adapter_name: new}, adapter_name, *args, **kwargs)
             states = [] if new.rank_schedule == "constant" else states_of(model)
-            states = [state for state in states if state.denoiser is not None]
+            states = [state for state in states if state.denoiser_name is not None]
             made.append(_Exchanged(adapter_name, type(model).__name__, states))
             _report(model, adapter_name, new)
             return tuner
@@ -125,7 +125,7 @@ def _exchanged(
         yield
 
 
-def convert(config: LoraConfig, **options: Any) -> TLoraConfig:
+def tlora_config(config: LoraConfig, **options: Any) -> TLoraConfig:
     """The T-LoRA configuration with the fields of a LoRA configuration.
 
     Raises:

@@ -66,8 +66,8 @@ class AdapterLayer:
                 "A convolution with groups has no plain LoRA that other programs read; leave the "
                 "layer out or keep the T-LoRA formats."
             )
-        first = Factors(*(None if f is None else f.detach().float() for f in self.factors))  # pyright: ignore[reportArgumentType]
-        down, up = first.first(active).fused()
+        wide = Factors(*(None if f is None else f.detach().float() for f in self.factors))  # pyright: ignore[reportArgumentType]
+        down, up = wide.leading(active).fused()
         return down.contiguous(), (up * self.scaling).contiguous()
 
     def delta(self, active: int) -> Tensor:

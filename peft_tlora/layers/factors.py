@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
-class Factor(nn.Module):
+class TensorModule(nn.Module):
     """One tensor of an adapter, as a module so that its name ends in `.weight` as LoRA's do.
 
     Args:
@@ -27,7 +27,7 @@ class Factor(nn.Module):
         else:
             self.register_buffer("weight", weight, persistent=saved)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Factor":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TensorModule":
         """Move and cast a buffer, but to no dtype of fewer than 16 bits, which would ruin it."""
         before = self.weight
         super()._apply(fn, recurse)
@@ -36,7 +36,7 @@ class Factor(nn.Module):
         return self
 
 
-class Projection(Factor):
+class Projection(TensorModule):
     """A frozen projection: a buffer of shape (out, in) or (out, in, *kernel)."""
 
     def forward(self, x: Tensor, like: nn.Module | None = None) -> Tensor:
@@ -48,7 +48,7 @@ class Projection(Factor):
         return convolution._conv_forward(x, weight, None)
 
 
-class Scale(Factor):
+class Scale(TensorModule):
     """Singular values, or their differences: a tensor of shape (r, 1)."""
 
     def forward(self, x: Tensor, trailing: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from ..integrations.torch import is_traced
 from ..timestep.state import TimestepLayer
 from ..weights.encoding import Encoded, decode_schedule, encode_schedule
 from ..weights.start import Recipe, Start, rebuild, widened
-from .factors import Factor, Projection, Scale, plain_weight
+from .factors import Projection, Scale, TensorModule, plain_weight
 from .protocol import groups_of
 from .variant import TLoraVariant
 
@@ -150,7 +150,7 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
             )
         )
         device = device or self.lora_A[adapter].weight.device
-        self.lora_schedule[adapter] = Factor(encoded.to(device))
+        self.lora_schedule[adapter] = TensorModule(encoded.to(device))
 
     def follow(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         """Follow what a file says of an adapter's schedule and start, before its weights come.

@@ -23,7 +23,7 @@ def add_update(
     factors: Factors,
     gate: Gate,
     dtype: torch.dtype,
-    first: int | None = None,
+    ranks: int | None = None,
 ) -> Tensor:
     """`result + up diag(gate) down x` with the fused factors of an adapter.
 
@@ -34,11 +34,11 @@ def add_update(
         gate: Mask times scaling: a number, or a tensor that broadcasts to (..., ranks), the two
             columns of a rank alike.
         dtype: The dtype of the computation.
-        first: How many ranks are computed and gated, None for all.
+        ranks: How many ranks are computed and gated, None for all.
     """
     if not torch.is_grad_enabled():
-        return _add_update(result, x, factors.first(first), gate, dtype)[0]
-    return _AddUpdate.apply(result, x, gate, dtype, first, *factors)
+        return _add_update(result, x, factors.leading(ranks), gate, dtype)[0]
+    return _AddUpdate.apply(result, x, gate, dtype, ranks, *factors)
 
 
 def adapted_linear(
@@ -47,7 +47,7 @@ def adapted_linear(
     bias: Tensor | None,
     factors: Factors,
     gate: Gate,
-    first: int | None = None,
+    ranks: int | None = None,
 ) -> Tensor:
     """The output of a frozen linear layer with the update, all of one dtype.
 
@@ -60,11 +60,11 @@ def adapted_linear(
         bias: Frozen bias of shape (out,).
         factors: Factors without kernel and groups.
         gate: Mask times scaling, as for `add_update`.
-        first: How many ranks are computed and gated, None for all.
+        ranks: How many ranks are computed and gated, None for all.
     """
     if not torch.is_grad_enabled():
-        return _adapted_linear(x, weight, bias, factors.first(first), gate)[0]
-    return _AdaptedLinear.apply(x, weight, bias, gate, first, *factors)
+        return _adapted_linear(x, weight, bias, factors.leading(ranks), gate)[0]
+    return _AdaptedLinear.apply(x, weight, bias, gate, ranks, *factors)
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -75,13 +75,13 @@ class _AddUpdate(torch.autograd.Function):
         x: Tensor,
         gate: Gate,
         dtype: torch.dtype,
-        first: int | None,
+        ranks: int | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
-        part = factors.first(first)
+        part = factors.leading(ranks)
         output, hidden = _add_update(result, x, part, gate, dtype)
-        ctx.result_dtype, ctx.dtype, ctx.first = result.dtype, dtype, first
+        ctx.result_dtype, ctx.dtype, ctx.ranks = result.dtype, dtype, ranks
         _save(ctx, gate, x, _trained(hidden, gate, len(part.dq)), *factors)
         return output
 
@@ -89,7 +89,7 @@ class _AddUpdate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         gate, x, hidden, *saved = _saved(ctx)
         factors = Factors(*saved)
-        down, up = factors.first(ctx.first).to(ctx.dtype).fused()
+        down, up = factors.leading(ctx.ranks).to(ctx.dtype).fused()
         rows, outer = _cast(ctx.dtype, x, gradient)
         if torch.is_grad_enabled():
             hidden = _trained_of(rows, down, gate, hidden)
@@ -107,15 +107,15 @@ class _AdaptedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         gate: Gate,
-        first: int | None,
+        ranks: int | None,
         *tensors: Tensor | None,
     ) -> Tensor:
         factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
-        part = factors.first(first)
+        part = factors.leading(ranks)
         output, hidden = _adapted_linear(x, weight, bias, part, gate)
         if hidden is not None:
             hidden = _trained(hidden, gate, len(part.dq))
-        ctx.first = first
+        ctx.ranks = ranks
         _save(ctx, gate, x, weight, hidden, *factors)
         return output
 
@@ -123,11 +123,11 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         gate, x, weight, hidden, *saved = _saved(ctx)
         factors = Factors(*saved)
-        part = factors.first(ctx.first)
+        part = factors.leading(ctx.ranks)
         x_gradient = None
         if hidden is None:
             q, p, lam = part.whole()
-            own = _first(gate, len(q))
+            own = _leading(gate, len(q))
             hidden = _gated(linear(x, q if lam is None else lam * q), own)
             inner = _gated(gradient @ p, own)  # the sum of both columns of a rank
             if ctx.needs_input_grad[0]:
@@ -197,7 +197,7 @@ def _trained(hidden: Tensor, gate: Gate, r: int) -> Tensor:
 def _trained_of(x: Tensor, down: Tensor, gate: Gate, like: Tensor) -> Tensor:
     """What `_trained` kept, with the graph that a second derivative needs."""
     r = like.shape[-1]
-    return _gated(linear(x, down[:r]), _first(gate, r))
+    return _gated(linear(x, down[:r]), _leading(gate, r))
 
 
 def _factor_gradients(
@@ -208,26 +208,26 @@ def _factor_gradients(
     Args:
         factors: The factors.
         x: Input of shape (..., in).
-        hidden: Gated input of the trained up-projection, of shape (..., first ranks).
-        inner: Gradient of the output of the trained down-projection, of shape (..., first ranks),
-            or of both columns of a rank, whose sum it is.
+        hidden: Gated input of the trained up-projection, of shape (..., computed ranks).
+        inner: Gradient of the output of the trained down-projection, shaped like `hidden`, or of
+            both columns of a rank, whose sum it is.
         outer: Gradient of the output of the layer, of shape (..., out).
     """
     dq, dp, dlam, q0, _, lam0 = factors
-    rows, first = x.shape[:-1].numel(), hidden.shape[-1]
-    if inner.shape[-1] > first:
-        inner = inner[..., :first] + inner[..., first:]
-    hidden, inner = hidden.reshape(rows, first), inner.reshape(rows, first)
+    rows, computed = x.shape[:-1].numel(), hidden.shape[-1]
+    if inner.shape[-1] > computed:
+        inner = inner[..., :computed] + inner[..., computed:]
+    hidden, inner = hidden.reshape(rows, computed), inner.reshape(rows, computed)
     # the product of this shape is faster than its transpose
     (p_gradient,) = _cast(dp.dtype, (hidden.mT @ outer.reshape(rows, len(dp))).mT)
     q_gradient = inner.mT @ x.reshape(rows, dq.shape[1])  # of diag(lam) Q yet
     lam_gradient = None
     if dlam is not None and q0 is not None and lam0 is not None:
-        lam_gradient = (q_gradient * (q0[:first] + dq[:first])).sum(1, keepdim=True)
-        q_gradient = (lam0[:first] + dlam[:first]) * q_gradient
+        lam_gradient = (q_gradient * (q0[:computed] + dq[:computed])).sum(1, keepdim=True)
+        q_gradient = (lam0[:computed] + dlam[:computed]) * q_gradient
         (lam_gradient,) = _cast(dlam.dtype, lam_gradient)
     (q_gradient,) = _cast(dq.dtype, q_gradient)
-    rest = len(dq) - first
+    rest = len(dq) - computed
     if rest > 0:  # the gradient of a rank that wasn't computed is zero
         q_gradient, p_gradient = pad(q_gradient, (0, 0, 0, rest)), pad(p_gradient, (0, rest))
         lam_gradient = None if lam_gradient is None else pad(lam_gradient, (0, 0, 0, rest))
@@ -243,7 +243,7 @@ def _gated(hidden: Tensor, gate: Gate) -> Tensor:
     return hidden if isinstance(gate, float) and gate == 1 else hidden * gate
 
 
-def _first(gate: Gate, r: int) -> Gate:
+def _leading(gate: Gate, r: int) -> Gate:
     """The gate of the trained half of the columns."""
     return gate[..., :r] if isinstance(gate, Tensor) and gate.dim() else gate
 

@@ -69,20 +69,20 @@ class TLoraVariant(LoraVariant):
         dtype = _compute_dtype(module, active_adapter, x, called=factors is None)
         if factors is None:
             return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
-        gate, first = self._gate(module, active_adapter, x, dtype, factors)
+        gate, ranks = self._gate(module, active_adapter, x, dtype, factors)
         if factors.dq.dim() == 2:
-            return add_update(result, x, factors, gate, dtype, first)
-        if first == 0:  # no convolution has no channel
+            return add_update(result, x, factors, gate, dtype, ranks)
+        if ranks == 0:  # no convolution has no channel
             return result + self._update(module, active_adapter, x.to(dtype))
-        down, up = factors.first(first).to(dtype).fused()
+        down, up = factors.leading(ranks).to(dtype).fused()
         hidden = module.lora_A[active_adapter]._conv_forward(x.to(dtype), down, None) * gate
         return result + module.lora_B[active_adapter]._conv_forward(hidden, up, None)
 
     def forward_of_linear(self, module: Layer, adapter: str, x: Tensor, factors: Factors) -> Tensor:
         """The output of a plain linear layer with this adapter, whose dtypes are the input's."""
         base = module.base_layer
-        gate, first = self._gate(module, adapter, x, x.dtype, factors)
-        return adapted_linear(x, base.weight, base.bias, factors, gate, first)
+        gate, ranks = self._gate(module, adapter, x, x.dtype, factors)
+        return adapted_linear(x, base.weight, base.bias, factors, gate, ranks)
 
     def plain_factors(self, module: Layer, adapter: str) -> Factors | None:
         """The factors of a layer without groups, if they may be read; None to call the modules."""

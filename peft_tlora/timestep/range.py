@@ -10,11 +10,11 @@ class TimestepRange:
     """Watches the timesteps of one denoiser without making its forwards wait for the device.
 
     Args:
-        denoiser: Name of the denoiser's class, for messages.
+        name: Name of the denoiser's class, for messages.
     """
 
-    def __init__(self, denoiser: str | None) -> None:
-        self.denoiser = denoiser
+    def __init__(self, name: str | None) -> None:
+        self.name = name
         self._seen_linear: Tensor | None = None
         self._seen_outside: Tensor | None = None
         self._only_fractions: Tensor | bool = True  # False for good, once it has been read
@@ -62,14 +62,14 @@ class TimestepRange:
         self._complained = True
         if self._only_fractions:
             return (
-                f"The timesteps of {self.denoiser} are taken to count from 0 to "
+                f"The timesteps of {self.name} are taken to count from 0 to "
                 f"{schedule.num_train_timesteps:g}, but all so far lie between 0 and 1 (now: "
                 f"{value}). If that is how they count, set num_train_timesteps=1 in the config, "
                 "and timestep_reversed=True if 0 is pure noise: the mask is wrong without."
             )
         if told is not None and told:
             return (
-                f"The timesteps of {self.denoiser} look like 0.25 ln(sigma), as EDM's schedulers "
+                f"The timesteps of {self.name} look like 0.25 ln(sigma), as EDM's schedulers "
                 "have it, and are taken for that. Set timestep_type='log_sigma' in the config if "
                 "it's right, and 'linear' if not."
             )
@@ -77,7 +77,7 @@ class TimestepRange:
         if schedule.timestep_type == "log_sigma":
             expected = "0.25 ln(sigma)"
         return (
-            f"{self.denoiser} got timesteps that T-LoRA doesn't expect: they should be {expected}, "
+            f"{self.name} got timesteps that T-LoRA doesn't expect: they should be {expected}, "
             f"but not all of the latest are (now: {value}). The mask is wrong unless you set "
             "num_train_timesteps, timestep_reversed and timestep_type in the config as the "
             "scheduler has it, or give the timestep with peft_tlora.timestep_context."

@@ -54,7 +54,7 @@ class TimestepState:
     """What the T-LoRA layers of one denoiser know of the current timestep.
 
     Args:
-        denoiser: Name of the denoiser's class if its layers are expected to have a timestep; a
+        denoiser_name: Name of the denoiser's class if its layers are expected to have a timestep; a
             forward without one then warns. None for models without time, such as text encoders.
         per_sample: See `CapturedTimestep`.
         detects_log_sigma: Whether the values must tell if timesteps are 0.25 ln(sigma).
@@ -67,27 +67,27 @@ class TimestepState:
 
     def __init__(
         self,
-        denoiser: str | None,
+        denoiser_name: str | None,
         *,
         per_sample: bool = True,
         detects_log_sigma: bool = False,
         takes_timestep: bool = True,
     ) -> None:
-        self.denoiser = denoiser
+        self.denoiser_name = denoiser_name
         self.per_sample = per_sample
         self.detects_log_sigma = detects_log_sigma
         self.takes_timestep = takes_timestep
         self.assumption: str | None = None
         self.was_set = False
-        self._range = TimestepRange(denoiser)
-        self._log: ForwardLog[CapturedTimestep] = ForwardLog(denoiser)
+        self._range = TimestepRange(denoiser_name)
+        self._log: ForwardLog[CapturedTimestep] = ForwardLog(denoiser_name)
         self._thread = _Thread()
         self._contexts = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model start afresh: nothing of a running forward goes along."""
-        names = ("denoiser", "per_sample", "detects_log_sigma", "takes_timestep", "assumption")
+        names = ("denoiser_name", "per_sample", "detects_log_sigma", "takes_timestep", "assumption")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class TimestepState:
     def is_followed(self) -> bool:
         """Whether the ranks of its layers follow a timestep, as far as is known."""
         given = self.takes_timestep or self.was_set or self._contexts > 0
-        return self.denoiser is not None and given
+        return self.denoiser_name is not None and given
 
     def capture(
         self,
@@ -157,14 +157,14 @@ class TimestepState:
             return running.context.timestep
         if running.forward is not None and running.forward.timestep is not None:
             return running.forward.timestep
-        if self.denoiser is not None:
+        if self.denoiser_name is not None:
             self.warn_once(
                 "missing",
-                f"A T-LoRA layer of {self.denoiser} ran without a timestep, so all of its ranks "
-                "are active. Call the model itself, not its forward method, with the timestep as "
-                "an argument, or set it with `with peft_tlora.timestep_context(model, timestep):` "
-                "or, around a function that gets it, with `peft_tlora.timestep_from`. If the model "
-                "has no timestep, use LoraConfig, or rank_schedule='constant'.",
+                f"A T-LoRA layer of {self.denoiser_name} ran without a timestep, so all of its "
+                "ranks are active. Call the model itself, not its forward method, with the "
+                "timestep as an argument, or set it with `with peft_tlora.timestep_context(model, "
+                "timestep):` or, around a function that gets it, with `peft_tlora.timestep_from`. "
+                "If the model has no timestep, use LoraConfig, or rank_schedule='constant'.",
             )
         elif self._contexts:
             self.warn_once(

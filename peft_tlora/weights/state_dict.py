@@ -81,7 +81,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         raise ValueError(
             f"The layers of one adapter must share one schedule, found {len(shared)}: {shared}."
         )
-    first = decoded[layers[0]]
+    one = decoded[layers[0]]
     r, rank_pattern = pattern_of(ranks)
     lora_alpha, alpha_pattern = pattern_of(alphas)
     return TLoraConfig(
@@ -89,10 +89,10 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> TLoraConfig:
         rank_pattern=rank_pattern,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
         alpha_pattern=alpha_pattern,
-        use_rslora=first.use_rslora,
+        use_rslora=one.use_rslora,
         target_modules=layers,
-        **schedule_fields(first.schedule),
-        **initialisation_fields(state_dict, first),
+        **schedule_fields(one.schedule),
+        **initialisation_fields(state_dict, one),
     )
 
 

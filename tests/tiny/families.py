@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import json
+from pathlib import Path
 
 import diffusers
 import torch
@@ -12,6 +14,11 @@ from peft_tlora.formats.adapter import Adapter, AdapterLayer
 
 from ..conftest import perturb
 from . import image, video_audio
+
+MIDDLE = {"flux": 0.5}  # a timestep in the model's unit with some of the ranks active
+# layers' names and shapes in other programs
+REFERENCE = Path(__file__).parents[1] / "references" / "program_names.json"
+PROGRAMS = json.loads(REFERENCE.read_text())
 
 
 def sd():
@@ -125,3 +132,21 @@ def assert_equal(found, expected):
         for a, b in zip(other.factors, layer.factors, strict=True):
             assert (a is None) == (b is None), name
             assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name
+
+
+def expected_deltas(adapter, t):
+    """The paper's formula with float64 factors."""
+    deltas = {}
+    for name, layer in adapter.layers.items():
+        dq, dp, *rest = (f.double() for f in layer.factors if f is not None)
+        mask = (torch.arange(len(dq)) < layer.schedule.active_rank(t)).double()
+        delta = dp.flatten(1) @ torch.diag(mask) @ dq.flatten(1)
+        if rest:
+            dlam, q0, p0, lam0 = rest
+            delta = _masked(q0 + dq, p0 + dp, lam0 + dlam, mask) - _masked(q0, p0, lam0, mask)
+        deltas[name] = (layer.lora_alpha / len(dq) * delta).reshape(len(dp), *dq.shape[1:])
+    return deltas
+
+
+def _masked(q, p, lam, mask):
+    return p.flatten(1) @ torch.diag(mask * lam.flatten()) @ q.flatten(1)

@@ -2,12 +2,16 @@
 
 import diffusers
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..conftest import tiny_unet
 from . import image
+
+TIMES = [torch.tensor(t) for t in (0, 300, 700, 999)]
 
 
 def autoencoder():
@@ -98,3 +102,31 @@ def save_weights(pipeline, folder):
     if kind == "unet":
         weights = convert_state_dict_to_diffusers(weights)
     pipeline.save_lora_weights(folder, **{f"{kind}_lora_layers": weights})
+
+
+class LoaderPipeline(StableDiffusionLoraLoaderMixin):
+    """Just what the loader asks of a pipeline."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.unet = tiny_unet()
+        self.text_encoder = text_encoder().eval()
+        self.components = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.hf_device_map = None
+
+    @torch.no_grad()
+    def outputs(self):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, 8, 8, generator=generator)
+        states = self.text_encoder(torch.arange(10).view(2, 5)).last_hidden_state
+        return [self.unet(x, t, states).sample for t in TIMES]
+
+
+def save_parts(pipeline, folder, metadata):
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    layers = {
+        f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+        for name, part in parts.items()
+    }
+    extra = _collate_lora_metadata(parts) if metadata else {}
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers, **extra)
