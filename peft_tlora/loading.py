@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .config import TLoraConfig
 from .functional import Factors
 from .weights.files import open_file
-from .weights.fit import check_factors, check_fit, weight_of
+from .weights.fit import check_factors, check_fit, check_trained, weight_of
 from .weights.names import FIELDS, check_name, parsed
 from .weights.start import canonical_name
-from .weights.state_dict import config_from_state_dict, is_half, is_tlora, pattern_of
+from .weights.state_dict import config_from_state_dict, is_half, is_tlora
 
 
 def load_tlora_weights(
@@ -183,40 +183,25 @@ def _config(
             "a host saves them that keeps what requires grad: pass the config that they were "
             "trained with, as config=TLoraConfig(...)."
         )
-    if config.ortho_source == "weight":
-        raise ValueError(
-            "ortho_source='weight': the start that the adapter was trained from is not in the "
-            "source. Save it where it was trained with get_peft_model_state_dict."
-        )
-    names = ["lora_A", "lora_B", "lora_lambda"]
-    wanted = names[: 2 if config.ortho_init is None else 3]
-    layers = sorted({name.rpartition(".lora_")[0] for name in part})
-    for layer in layers:
-        found = [name for name in names if f"{layer}.{name}.weight" in part]
-        if found != wanted:
-            raise ValueError(
-                f"With ortho_init={config.ortho_init!r} layer {layer[:200]} has {wanted}, in the "
-                f"source it has {found}. Is it plain LoRA, or was it trained with another "
-                "ortho_init?"
-            )
+    for layer, fields in _layers(part).items():
+        check_trained(layer, fields, config)
     _check(part, module)
-    r, rank_pattern = pattern_of({x: len(part[f"{x}.lora_A.weight"]) for x in layers})
-    if config.r not in (r, *rank_pattern.values()):
-        raise ValueError(
-            f"The config has r={config.r}, the layers in the source have "
-            f"{sorted({r, *rank_pattern.values()})}: it is of another training."
-        )
-    return replace(config, r=r, rank_pattern=rank_pattern, target_modules=layers)
+    return replace(config, target_modules=sorted(_layers(part)))
+
+
+def _layers(part: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer by their field."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in part.items():
+        layer, _, part_name = name.partition(".lora_")
+        layers.setdefault(layer, {})[FIELDS[f".lora_{part_name}"]] = tensor
+    return layers
 
 
 def _check(part: Mapping[str, Tensor], module: nn.Module) -> None:
     """Raise unless the layers' tensors can be an adapter's, and fit the model."""
     modules = dict(module.named_modules())
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in part.items():
-        layer, _, part_name = name.partition(".lora_")
-        layers.setdefault(layer, {})[FIELDS[f".lora_{part_name}"]] = tensor
-    for layer, fields in layers.items():
+    for layer, fields in _layers(part).items():
         check_name(layer)
         if not {"dq", "dp"} <= fields.keys():
             raise ValueError(f"Layer {layer} has only {', '.join(sorted(fields))}.")

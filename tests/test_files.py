@@ -481,7 +481,7 @@ def test_whole_state_dicts_of_hosts_need_no_config(tmp_path):
 
 def test_a_start_beside_trained_tensors_takes_the_place_of_the_configs(tmp_path):
     path, _, config = trained_alone(tmp_path, ortho_source="weight", **SAID)
-    with pytest.raises(ValueError, match=r"ortho_source='weight': .*doesn't hold its start"):
+    with pytest.raises(ValueError, match=r"ortho_source='weight': .*doesn't hold the start"):
         read_adapter(path, config=config)
     model = families.adapted("sd", [r"attn1.to_q"], ortho_source="weight", **SAID)
     tensors = {n: t for n, t in model.state_dict().items() if "lora_" in n and "schedule" not in n}
@@ -497,8 +497,8 @@ def test_a_start_beside_trained_tensors_takes_the_place_of_the_configs(tmp_path)
         ({"ortho_init": None}, "With ortho_init=None layer .*trained with another ortho_init"),
         ({"ortho_source": "weight"}, "ortho_source='weight': "),
         ({"init_seed": None}, "init_seed=None: "),
-        ({"r": 8}, "has rank 6 in the file and 8 in the config"),
-        ({"rank_pattern": {"conv1": 4}}, r"\.conv1 has rank 6 in the file and 4 in"),
+        ({"r": 8}, "has rank 6 in the source and 8 in the config"),
+        ({"rank_pattern": {"conv1": 4}}, r"\.conv1 has rank 6 in the source and 4 in"),
     ],
 )
 def test_a_config_that_does_not_say_enough_or_is_of_another_training_raises(
@@ -523,7 +523,7 @@ def test_a_config_that_does_not_say_enough_or_is_of_another_training_raises(
         (lambda t: {f"a..{k}": v for k, v in t.items()}, "is not the name of a layer"),
         (
             lambda t: {k: v for k, v in t.items() if "lora_B" not in k},
-            "the file has lora_A, lora_lambda. Is",
+            "the source has lora_A, lora_lambda. Is",
         ),
     ],
 )

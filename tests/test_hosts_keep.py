@@ -400,9 +400,11 @@ def test_a_module_of_any_host_takes_a_state_dict_under_any_prefix(prefix, adapte
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"r": 8}, r"config has r=8, the layers in the source have \[4\]"),
-        ({"ortho_init": None}, r"ortho_init=None layer to_q has \['lora_A', 'lora_B'\]"),
-        ({"ortho_source": "weight"}, "ortho_source='weight': the start"),
+        ({"r": 8}, "Layer to_q has rank 4 in the source and 8 in the config"),
+        ({"rank_pattern": {"to_q": 2}}, "Layer to_q has rank 4 in the source and 2 in the config"),
+        ({"ortho_init": None}, "ortho_init=None layer to_q needs lora_A, lora_B, the source has"),
+        ({"ortho_source": "weight"}, "ortho_source='weight': the adapter started from"),
+        ({"init_seed": None}, "init_seed=None: "),
     ],
 )
 def test_a_config_that_does_not_fit_trained_tensors_is_refused(config, words):

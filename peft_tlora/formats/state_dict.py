@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..config import TLoraConfig
 from ..functional import Factors
 from ..timestep.denoisers import Denoiser, find_denoiser, name_inside
 from ..weights.files import AdapterFile, parse_json, read_json
-from ..weights.fit import check_projections
+from ..weights.fit import check_projections, check_trained, of_layer
 from ..weights.names import COMPONENT, OWN_FIELDS, check_name, component_of, parsed
 from ..weights.start import Recipe, canonical_name, new_start
 from .adapter import Adapter, AdapterLayer
@@ -23,7 +22,6 @@ from .own import choose_component, is_diffusers, is_peft
 from .tensors import grouped, layers_of_own, rank_of
 
 _FORMAT = "a state dict with T-LoRA"
-_TRAINED = {"dq": "lora_A", "dp": "lora_B", "dlam": "lora_lambda"}
 
 
 def is_state_dict(file: AdapterFile) -> bool:
@@ -160,20 +158,8 @@ def _layer(
 ) -> AdapterLayer:
     """The layer that a training with the config has made these tensors in."""
     check_name(name)
-    found = [part for field, part in _TRAINED.items() if field in fields]
-    wanted = list(_TRAINED.values())[: 2 if config.ortho_init is None else 3]
-    if found != wanted:
-        raise ValueError(
-            f"With ortho_init={config.ortho_init!r} layer {name} needs {', '.join(wanted)}, the "
-            f"file has {', '.join(found)}. Is it plain LoRA, or was it trained with another "
-            "ortho_init?"
-        )
-    r = _of_layer(config.rank_pattern, name, config.r)
-    if rank_of(name, fields) != r:
-        raise ValueError(
-            f"Layer {name} has rank {rank_of(name, fields)} in the file and {r} in the config, "
-            "which is of another training."
-        )
+    r = rank_of(name, fields)
+    check_trained(name, fields, config)
     factors = Factors(*(fields.get(field) for field in Factors._fields))  # pyright: ignore[reportArgumentType]
     try:
         check_projections(factors.dq, factors.dp, r)
@@ -190,30 +176,14 @@ def _layer(
     schedule = config.schedule(
         r, denoiser.num_train_timesteps, denoiser.timestep_reversed, denoiser.timestep_type
     )
-    lora_alpha = _of_layer(config.alpha_pattern, name, config.lora_alpha)
+    lora_alpha = of_layer(config.alpha_pattern, name, config.lora_alpha)
     return AdapterLayer(factors, schedule, lora_alpha, config.use_rslora, recipe)
-
-
-def _of_layer(pattern: dict[str, int] | None, name: str, default: int) -> int:
-    """The value of a layer in a pattern of PEFT."""
-    return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), default)
 
 
 def _with_start(factors: Factors, config: TLoraConfig, name: str) -> tuple[Factors, Recipe]:
     """The factors with the start that a training with the config made of a name, and its recipe."""
-    if config.ortho_source == "weight":
-        raise ValueError(
-            "ortho_source='weight': the adapter started from the base's weights, and the file "
-            "doesn't hold its start. Save it where it was trained with get_peft_model_state_dict "
-            "or save_pretrained."
-        )
-    if config.init_seed is None:
-        raise ValueError(
-            "init_seed=None: a training then draws its seed and puts it into its config, which is "
-            "the one to pass."
-        )
     dq, dp, dlam, *_ = factors
     choice: Any = config.ortho_init
     groups = len(dq) // dp.shape[1]
-    start, recipe = new_start(dq, dp, groups, choice, seed=config.init_seed, name=name)
+    start, recipe = new_start(dq, dp, groups, choice, seed=config.init_seed or 0, name=name)
     return Factors(dq, dp, dlam, *start), recipe

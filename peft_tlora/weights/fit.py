@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..config import TLoraConfig
 from ..functional import Factors
 
+_TRAINED = {"dq": "lora_A", "dp": "lora_B", "dlam": "lora_lambda"}
 # far above any use, and low enough that no file can ask for the memory of a machine
 MAX_RANK = 65536
 
@@ -77,3 +80,48 @@ def check_factors(factors: Factors, r: int, *, start_follows: bool = False) -> N
     for tensor in factors:
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"a factor is of {tensor.dtype}, not of floating point.")
+
+
+def of_layer(pattern: Mapping[str, int] | None, layer: str, default: int) -> int:
+    """The value of a layer in a pattern of PEFT."""
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), layer), default)
+
+
+def check_trained(layer: str, fields: Mapping[str, Tensor], config: TLoraConfig) -> None:
+    """Raise unless a layer's tensors are what a training with a config saves of it.
+
+    Args:
+        layer: Name of the layer.
+        fields: Its tensors by the fields of `Factors`, with or without the start.
+        config: The config.
+
+    Raises:
+        ValueError: If they are of another training, or the start is neither there nor to be made.
+    """
+    found = [part for field, part in _TRAINED.items() if field in fields]
+    wanted = list(_TRAINED.values())[: 2 if config.ortho_init is None else 3]
+    if found != wanted:
+        raise ValueError(
+            f"With ortho_init={config.ortho_init!r} layer {layer[:200]} needs {', '.join(wanted)}, "
+            f"the source has {', '.join(found)}. Is it plain LoRA, or was it trained with another "
+            "ortho_init?"
+        )
+    r = of_layer(config.rank_pattern, layer, config.r)
+    if len(fields["dq"]) != r:
+        raise ValueError(
+            f"Layer {layer[:200]} has rank {len(fields['dq'])} in the source and {r} in the config,"
+            " which is of another training."
+        )
+    if config.ortho_init is None or "q0" in fields:
+        return
+    if config.ortho_source == "weight":
+        raise ValueError(
+            "ortho_source='weight': the adapter started from the base's weights, and the source "
+            "doesn't hold the start. Save it where it was trained with get_peft_model_state_dict "
+            "or save_pretrained."
+        )
+    if config.init_seed is None:
+        raise ValueError(
+            "init_seed=None: a training then draws its seed and puts it into its config, which is "
+            "the one to pass."
+        )
