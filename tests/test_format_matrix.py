@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_tlora.cli import main
-from peft_tlora.formats.lora import LORA_WRITERS
+from peft_tlora.formats.lora import LORA_NAMES
 from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.reading import FORMATS, read_adapter
 
@@ -189,7 +189,7 @@ def assert_masked(path, to, source, t):
 
 def test_the_table_has_every_format():
     assert SOURCES.keys() == FORMATS.keys()
-    assert set(PLAIN) == LORA_WRITERS.keys()
+    assert set(PLAIN) == set(LORA_NAMES)
 
 
 @pytest.mark.parametrize("to", TLORA)

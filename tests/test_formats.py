@@ -13,7 +13,7 @@ from peft_tlora import TLoraConfig
 from peft_tlora.formats.adapter import Adapter
 from peft_tlora.formats.facts import TrainingFacts
 from peft_tlora.formats.families import family_of
-from peft_tlora.formats.lora import write_kohya, write_lora
+from peft_tlora.formats.lora import write_lora
 from peft_tlora.formats.own import write_diffusers, write_peft
 from peft_tlora.formats.plain import plain_lora
 from peft_tlora.formats.reading import read_adapter
@@ -93,7 +93,7 @@ def test_a_text_encoders_adapter_is_read_and_is_exact_as_plain_lora_of_one_mask(
         up, down = (plain[f"text_encoder.{name}.lora_{x}.weight"] for x in "BA")
         torch.testing.assert_close(up @ down, layer.delta(6))
     with pytest.raises(ValueError, match="one of text_encoder; these names are for denoisers only"):
-        write_kohya(plain_lora(found), tmp_path / "c.safetensors", family="sd")
+        write_lora(plain_lora(found), tmp_path / "c.safetensors", "kohya", family="sd")
 
 
 def test_a_peft_folder_of_a_text_encoder_is_not_taken_for_a_transformers(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_tlora.formats.lora import write_comfyui, write_kohya
+from peft_tlora.formats.lora import write_lora
 from peft_tlora.formats.plain import PlainLora
 
 from .tiny.families import PROGRAMS
@@ -82,24 +82,26 @@ def component(family):
     return "unet" if family.startswith("sd") and family != "sd3" else "transformer"
 
 
-def accepted(layers, write, family, path):
+def accepted(layers, names, family, path):
     """The layers that a writer takes; the others it has to refuse by name."""
     found = {}
     for name, pair in layers.items():
         with contextlib.suppress(ValueError):
-            write(PlainLora(component(family), {name: pair}), path, family=family)
+            write_lora(PlainLora(component(family), {name: pair}), path, names, family=family)
             found[name] = pair
     for name in layers.keys() - found.keys():
         with pytest.raises(ValueError, match=f"Layer {name} has no name in"):
-            write(PlainLora(component(family), {name: layers[name]}), path, family=family)
+            write_lora(
+                PlainLora(component(family), {name: layers[name]}), path, names, family=family
+            )
     return found
 
 
 @pytest.mark.parametrize("family", PROGRAMS)
 def test_comfyui_loads_each_key_for_the_layer_that_it_is_of(tmp_path, family):
     path, known = tmp_path / "a.safetensors", PROGRAMS[family]["comfyui"]
-    layers = accepted(numbered(family), write_comfyui, family, path)
-    write_comfyui(PlainLora(component(family), layers), path, family=family)
+    layers = accepted(numbered(family), "comfyui", family, path)
+    write_lora(PlainLora(component(family), layers), path, "comfyui", family=family)
     keys = {key.rpartition(".lora_")[0] or key.rpartition(".")[0] for key in load_file(path)}
     assert keys <= known.keys()
     assert len(keys) == len(layers)
@@ -110,11 +112,11 @@ def test_comfyui_loads_each_key_for_the_layer_that_it_is_of(tmp_path, family):
 @pytest.mark.parametrize("family", PROGRAMS)
 def test_the_trainers_load_each_key_and_the_rows_are_where_comfyui_has_them(tmp_path, family):
     path, numbers = tmp_path / "a.safetensors", numbered(family)
-    layers = accepted(numbers, write_kohya, family, path)
+    layers = accepted(numbers, "kohya", family, path)
     refused = numbers.keys() - layers.keys()
     assert refused == {n for n in numbers if n in REFUSED_BY_KOHYA.get(family, refused)}
     assert family != "wan" or not any(name.startswith("blocks.") for name in refused)
-    write_kohya(PlainLora(component(family), layers), path, family=family)
+    write_lora(PlainLora(component(family), layers), path, "kohya", family=family)
     tensors = load_file(path)
     keys = {key.partition(".")[0] for key in tensors}
     assert keys <= set(PROGRAMS[family]["trainer"])

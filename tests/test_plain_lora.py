@@ -7,7 +7,7 @@ from peft import inject_adapter_in_model
 from safetensors.torch import load_file
 
 from peft_tlora import TLoraConfig
-from peft_tlora.formats.lora import write_comfyui, write_kohya, write_lora
+from peft_tlora.formats.lora import LORA_NAMES, write_lora
 from peft_tlora.formats.plain import plain_lora
 
 from .tiny import families
@@ -20,13 +20,11 @@ PIPELINES = {
     "flux": diffusers.FluxPipeline,
     "wan": diffusers.WanPipeline,
 }
-WRITERS = {"lora": lambda lora, path, family: write_lora(lora, path)}
-WRITERS |= {"kohya": write_kohya, "comfyui": write_comfyui}
 # diffusers reads no SD3 with kohya's names; test_format_matrix.py has it
 READABLE = [
     (family, name)
     for family in families.FAMILIES
-    for name in WRITERS
+    for name in LORA_NAMES
     if (family, name) != ("sd3", "kohya")
 ]
 
@@ -67,7 +65,7 @@ def test_diffusers_loads_each_file_and_makes_the_masked_update_of_it(tmp_path, f
     t = MIDDLE.get(family, 500)
     lora = plain_lora(adapter, timestep=t)
     assert {len(down) for down, _ in lora.layers.values()} == {8}
-    path = WRITERS[names](lora, tmp_path / "plain.safetensors", family=family)
+    path = write_lora(lora, tmp_path / "plain.safetensors", names, family=family)
     found = loaded_deltas(family, path)
     expected = expected_deltas(adapter, t)
     assert found.keys() == expected.keys()
@@ -78,7 +76,7 @@ def test_diffusers_loads_each_file_and_makes_the_masked_update_of_it(tmp_path, f
 def test_kohyas_flux_has_one_layer_for_four_and_leaves_rows_without_an_adapter_alone(tmp_path):
     parts = ("to_q", "to_v")
     adapter = families.adapter("flux", rf"single_transformer_blocks.*\.({'|'.join(parts)})")
-    path = write_kohya(plain_lora(adapter), tmp_path / "k.safetensors", family="flux")
+    path = write_lora(plain_lora(adapter), tmp_path / "k.safetensors", "kohya", family="flux")
     tensors, expected = load_file(path), expected_deltas(adapter, 0.0)
     key = "lora_unet_single_blocks_0_linear1"
     delta = (tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]).double()
@@ -117,9 +115,9 @@ def test_layers_without_an_active_rank_are_left_out_and_an_empty_lora_raises():
 def test_a_family_that_cannot_be_told_or_a_layer_without_a_name_raises(tmp_path):
     lora = plain_lora(families.adapter("wan", r".*proj_out"))
     with pytest.raises(ValueError, match=r"must be one of .*got None: pass family"):
-        write_kohya(lora, tmp_path, family=None)
+        write_lora(lora, tmp_path, "kohya", family=None)
     with pytest.raises(ValueError, match="Layer proj_out has no name in the wan model of kohya"):
-        write_kohya(lora, tmp_path, family="wan")
+        write_lora(lora, tmp_path, "kohya", family="wan")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ import torch
 from ..formats.adapter import Adapter
 from ..formats.bands import write_bands
 from ..formats.families import FAMILIES, family_of
-from ..formats.lora import LORA_WRITERS
+from ..formats.lora import LORA_NAMES, write_lora
 from ..formats.own import as_file, write_diffusers, write_peft
 from ..formats.plain import plain_lora
 from ..formats.reading import FORMATS
@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("source", help="a file, or a folder with one")
     option("destination", help="the file or folder to write")
-    option("--to", required=True, choices=[*_OWN, *LORA_WRITERS])
+    option("--to", required=True, choices=[*_OWN, *LORA_NAMES])
     option("--json", action="store_true", help="what was written, for a program")
     plain = parser.add_argument_group("plain LoRA (lora, kohya, comfyui)")
     plain.add_argument("--timestep", type=float, help="whose mask to take; all ranks without it")
@@ -100,5 +100,5 @@ def _write(adapter: Adapter, args: argparse.Namespace) -> dict[str, Any]:
         )
         return {"path": str(folder), "bands": len(read_json(folder / "bands.json")["bands"])}
     lora = plain_lora(adapter, timestep=args.timestep, rank=args.rank, dtype=dtype)
-    path = LORA_WRITERS[args.to](lora, args.destination, family=family)
+    path = write_lora(lora, args.destination, args.to, family=family)
     return {"path": str(path), "error": lora.error}

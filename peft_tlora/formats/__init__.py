@@ -10,7 +10,7 @@ from .bands import write_bands
 from .base import load_base
 from .facts import TrainingFacts
 from .inspection import inspect_file
-from .lora import write_comfyui, write_kohya, write_lora
+from .lora import write_lora
 from .own import write_diffusers, write_peft
 from .plain import PlainLora, plain_lora
 from .reading import format_of, read_adapter
@@ -29,9 +29,7 @@ __all__ = [
     "read_adapter",
     "read_config",
     "write_bands",
-    "write_comfyui",
     "write_diffusers",
-    "write_kohya",
     "write_lora",
     "write_peft",
 ]

@@ -11,7 +11,7 @@ import torch
 from ..schedule import SCHEDULE_FIELDS, RankSchedule
 from ..weights.files import read_json, replaced_together, write_json
 from .adapter import Adapter
-from .lora import LORA_WRITERS
+from .lora import write_lora
 from .plain import plain_lora
 from .sampling import Sampling, sampling_of
 from .workflow import workflow
@@ -109,7 +109,7 @@ def write_bands(
             timestep = schedule.timestep_at(band.mask_noise)
             lora = plain_lora(adapter, timestep=timestep, dtype=dtype)
             name = f"{_prefix(folder)}{number:02}.safetensors"
-            path = LORA_WRITERS[to](lora, new / name, family=family)
+            path = write_lora(lora, new / name, to, family=family)
             bands.append(_described(path.name, band, schedule, sampling))
         about = None if sampling is None else sampling.described()
         write_json(new / _BANDS, {"version": 1, "sampling": about, "bands": bands})

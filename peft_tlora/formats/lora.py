@@ -1,88 +1,64 @@
 """Plain LoRA files of one mask, with the names of diffusers, kohya's trainers and ComfyUI."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor
 
+from ..schedule import check_choice
 from ..weights.files import write_tensors
 from .families import FAMILIES, UNETS
 from .names import check_comfyui, original
 from .own import as_file
 from .plain import PlainLora, fused
 
-
-def write_lora(lora: PlainLora, destination: str | os.PathLike[str]) -> Path:
-    """Write a file with diffusers' names, which diffusers and its kin read.
-
-    Args:
-        lora: The LoRA, of `plain_lora`.
-        destination: The file, or a folder for pytorch_lora_weights.safetensors.
-
-    Returns:
-        The file.
-    """
-    return _write(destination, _pairs(lora.layers, f"{lora.component}."))
+LORA_NAMES = ("lora", "kohya", "comfyui")
 
 
-def write_kohya(
-    lora: PlainLora, destination: str | os.PathLike[str], *, family: str | None
+def write_lora(
+    lora: PlainLora,
+    destination: str | os.PathLike[str],
+    names: str = "lora",
+    *,
+    family: str | None = None,
 ) -> Path:
-    """Write a file with the names of kohya's sd-scripts and musubi-tuner.
-
-    They name layers as the original model does, which has some of diffusers' layers as one: those
-    get the ranks of all their parts.
+    """Write a file with one of `LORA_NAMES`.
 
     Args:
         lora: The LoRA, of `plain_lora`.
         destination: The file, or a folder for pytorch_lora_weights.safetensors.
-        family: Family of the base model, one of `FAMILIES`.
+        names: "lora", which diffusers and its kin read; "kohya" for sd-scripts and musubi-tuner,
+            who name layers as the original model does, which has some of diffusers' layers as one,
+            with the ranks of all its parts; "comfyui" for ComfyUI's loaders.
+        family: Family of the base model, one of `FAMILIES`, for the last two.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If the family is unknown, or a layer has no name there.
+        ValueError: If the family is needed and unknown, or a layer has no name there.
     """
+    path = as_file(destination)
+    write_tensors(path, _named(lora, names, family))
+    return path
+
+
+def _named(lora: PlainLora, names: str, family: str | None) -> dict[str, Tensor]:
+    check_choice(names, LORA_NAMES, "names")
+    if names == "lora":
+        return _pairs(lora.layers, f"{lora.component}.")
     known = _known(lora, family)
-    places = {name: original(known, name) for name in lora.layers}
-    return _write(destination, _underscored(fused(lora.layers, places)))
-
-
-def write_comfyui(
-    lora: PlainLora, destination: str | os.PathLike[str], *, family: str | None
-) -> Path:
-    """Write a file with names that ComfyUI's LoRA loaders know.
-
-    Args:
-        lora: The LoRA, of `plain_lora`.
-        destination: The file, or a folder for pytorch_lora_weights.safetensors.
-        family: Family of the base model, one of `FAMILIES`.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: If the family is unknown, or a layer has no name there.
-    """
-    known = _known(lora, family)
-    for name in lora.layers:
-        check_comfyui(known, name)
-    if known in UNETS:  # ComfyUI knows diffusers' names of U-Nets
-        return _write(destination, _underscored(lora.layers))
-    if known == "wan":
-        places = {name: original(known, name) for name in lora.layers}
-        return _write(destination, _pairs(fused(lora.layers, places), "diffusion_model."))
-    return _write(destination, _pairs(lora.layers, "transformer."))
-
-
-LORA_WRITERS: dict[str, Callable[..., Path]] = {
-    "lora": lambda lora, destination, family: write_lora(lora, destination),
-    "kohya": write_kohya,
-    "comfyui": write_comfyui,
-}
+    if names == "comfyui":
+        for name in lora.layers:
+            check_comfyui(known, name)
+        if known in UNETS:  # ComfyUI knows diffusers' names of U-Nets
+            return _underscored(lora.layers)
+        if known != "wan":
+            return _pairs(lora.layers, "transformer.")
+    layers = fused(lora.layers, {name: original(known, name) for name in lora.layers})
+    return _underscored(layers) if names == "kohya" else _pairs(layers, "diffusion_model.")
 
 
 def _known(lora: PlainLora, family: str | None) -> str:
@@ -110,9 +86,3 @@ def _pairs(layers: Mapping[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str
 
 def _underscored(layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return convert_state_dict_to_kohya(_pairs(layers, "unet."))  # adds alpha = rank
-
-
-def _write(destination: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> Path:
-    path = as_file(destination)
-    write_tensors(path, tensors)
-    return path
