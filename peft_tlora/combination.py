@@ -1,7 +1,7 @@
 """Weighted combinations of T-LoRA adapters, with the arithmetic that PEFT has for LoRA.
 
 For the time of the combination each adapter is written as a plain LoRA: `up diag(m, m) down` with
-2r columns (`functional.fuse_factors`), where the two columns of a rank lie side by side. If all
+2r columns (`functional.Factors.fused`), where the two columns of a rank lie side by side. If all
 adapters have one and the same schedule, the combination has it too, in steps of as many ranks as
 belong together, and the mask acts on the combined factors as it acted on each adapter's.
 """

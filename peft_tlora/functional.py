@@ -54,11 +54,28 @@ class Factors(NamedTuple):
         return Factors(*(None if factor is None else factor.to(dtype) for factor in self))  # pyright: ignore[reportArgumentType]
 
     def fused(self, groups: int = 1) -> tuple[Tensor, Tensor]:
-        """Down- and up-projection, to be gated in between; see `fuse_factors`."""
+        """`P diag(lam m) Q - P0 diag(lam0 m) Q0` as one product, to be gated in between.
+
+        With `P = P0 + dP` and so on it equals `up diag(m, m) down` with `up = [dP, P0]` and
+        `down = [lam Q; dlam Q0 + lam dQ]`: no two large numbers are subtracted, and as long as the
+        differences are zero, so is one factor of each summand, in every dtype.
+
+        Args:
+            groups: Groups of the up-projection.
+
+        Returns:
+            down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the wider
+            of the dtypes of trained and frozen factors; r in the place of 2r for Vanilla T-LoRA.
+        """
         dq, dp, dlam, q0, p0, lam0 = self
         if dlam is None or q0 is None or p0 is None or lam0 is None:
             return dq, dp
-        return fuse_factors(dq, dp, dlam, q0, p0, lam0, groups)
+        if dq.dim() > 2:
+            column = (-1,) + (1,) * (dq.dim() - 1)
+            dlam, lam0 = dlam.reshape(column), lam0.reshape(column)
+        lam = lam0 + dlam
+        moved = torch.addcmul(dlam * q0, lam, dq)
+        return pair(lam * (q0 + dq), moved, groups), torch.cat([dp, p0], dim=1)
 
     def whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Q, P and lambda of the paper, start and difference together."""
@@ -66,42 +83,6 @@ class Factors(NamedTuple):
         if dlam is None or q0 is None or p0 is None or lam0 is None:
             return dq, dp, None
         return q0 + dq, p0 + dp, lam0 + dlam
-
-
-def fuse_factors(
-    dq: Tensor,
-    dp: Tensor,
-    dlam: Tensor,
-    q0: Tensor,
-    p0: Tensor,
-    lam0: Tensor,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Write `P diag(lam m) Q - P0 diag(lam0 m) Q0` as one product of 2r columns.
-
-    With `P = P0 + dP` and so on it equals `up diag(m, m) down` with `up = [dP, P0]` and
-    `down = [lam Q; dlam Q0 + lam dQ]`: no two large numbers are subtracted, and as long as the
-    differences are zero, so is one factor of each summand, in every dtype.
-
-    Args:
-        dq: Trained difference of the down-projection, of shape (r, in, *kernel).
-        dp: Trained difference of the up-projection, of shape (out, r / groups, *ones).
-        dlam: Trained difference of the singular values, of shape (r, 1).
-        q0: Frozen start of the down-projection.
-        p0: Frozen start of the up-projection.
-        lam0: Frozen start of the singular values.
-        groups: Groups of the up-projection.
-
-    Returns:
-        down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the wider of
-        the dtypes of trained and frozen factors.
-    """
-    if dq.dim() > 2:
-        column = (-1,) + (1,) * (dq.dim() - 1)
-        dlam, lam0 = dlam.reshape(column), lam0.reshape(column)
-    lam = lam0 + dlam
-    moved = torch.addcmul(dlam * q0, lam, dq)
-    return pair(lam * (q0 + dq), moved, groups), torch.cat([dp, p0], dim=1)
 
 
 def pair(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:

@@ -20,7 +20,7 @@ from .hosts.diffusers import (
 from .layers.dispatch import become_tlora_layer
 from .layers.initialization import add_tlora
 from .layers.layer import TLoraLayer
-from .timestep.denoisers import Denoiser, find_denoiser, name_inside
+from .timestep.denoisers import Denoiser, find_denoiser
 from .timestep.hooks import connect, disconnect
 from .weights.state_dict import schedule_fields
 
@@ -191,8 +191,7 @@ class TLoraModel(LoraModel):
         """Turn the adapter that PEFT has just added to a layer into T-LoRA."""
         become_tlora_layer(layer, layer_name)
         found = find_denoiser(self.model, layer_name)
-        denoiser = Denoiser() if found is None else found[1]
-        inside = layer_name if found is None else name_inside(self.model, layer_name, found[0])
+        denoiser, inside = found[1:] if found else (Denoiser(), layer_name)
         r = layer.r[adapter_name]
         add_tlora(
             layer,

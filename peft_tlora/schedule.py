@@ -23,14 +23,9 @@ class RankSchedule:
 
     Args:
         r: The layer's rank.
-        min_rank: Ranks active at pure noise: an int is a rank, a float a fraction of `r`.
-        rank_schedule: Its shape, one of `RANK_SCHEDULES`.
-        schedule_exponent: The paper's alpha.
-        num_train_timesteps: The timestep T that means pure noise (or clean, if reversed).
-        timestep_reversed: Whether the model counts time from noise (0) to clean (T).
-        timestep_type: "linear" for time that runs from 0 to T, "log_sigma" for 0.25 ln(sigma); None
-            for linear time whose values may turn out to be 0.25 ln(sigma).
-        rank_multiple: Ranks that switch on together; `r` and an int `min_rank` are multiples of it.
+        min_rank: These are the fields of `TLoraConfig`, of which those that may be None there are
+            what the model's class says. `timestep_type` is None for linear time whose values may
+            turn out to be 0.25 ln(sigma).
 
     Raises:
         ValueError: If a value is out of its range or no choice.
@@ -180,18 +175,17 @@ def active_rank(
         timestep: Timestep in the model's own unit, a number or a tensor of any shape; values
             outside [0, T] are clamped.
         r: Rank of the layer, at least 1.
-        min_rank: Ranks active at pure noise: an int in [0, r], or a float in [0, 1], a fraction of
-            `r` rounded down, but to at least 1.
+        min_rank: r_min: an int in [0, r], or a float in [0, 1], a fraction of `r` rounded down, but
+            to at least 1.
         rank_schedule: "power" as above; "cosine" puts `(1 + cos(pi t / T)) / 2` in the place of
             `(T - t) / T`; "constant" is `r` at every timestep.
         schedule_exponent: The paper's alpha, above 0.
-        num_train_timesteps: The value T that means pure noise, above 0.
-        timestep_reversed: Whether time runs the other way: 0 is pure noise and T is clean.
-        timestep_type: "linear" for time that runs from 0 to T; "log_sigma" if `timestep` is
-            0.25 ln(sigma), as EDM's schedulers and Stable Video Diffusion have it: then
-            sigma / (1 + sigma) takes the place of t / T, whatever T and the direction.
-        rank_multiple: The active rank is a multiple of it: the formula counts groups of so many
-            ranks. `r` and an int `min_rank` must be multiples of it.
+        num_train_timesteps: T, the timestep that means pure noise, above 0.
+        timestep_reversed: Whether 0 is pure noise and T is clean.
+        timestep_type: "log_sigma" if `timestep` is 0.25 ln(sigma), as EDM's schedulers have it:
+            then sigma / (1 + sigma) takes the place of t / T, whatever T and the direction.
+        rank_multiple: Ranks that switch on together: the formula counts groups of so many ranks,
+            which must divide `r` and an int `min_rank`.
 
     Returns:
         An int for a number; for a tensor an int64 tensor of the same shape on the same device.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_tlora.functional import align_ranks, delta_weight, fuse_factors, pair
+from peft_tlora.functional import Factors, align_ranks, delta_weight, pair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -9,7 +9,7 @@ def test_the_fused_factors_are_exactly_zero_at_initialisation(dtype):
     q, p, lam = torch.randn(4, 6), torch.randn(5, 4), torch.rand(4, 1)
     for other in (dtype, torch.float32):  # hosts cast one half or both
         start = [tensor.to(dtype) for tensor in (q, p, lam)]
-        down, up = fuse_factors(*[torch.zeros_like(t, dtype=other) for t in start], *start)
+        down, up = Factors(*[torch.zeros_like(t, dtype=other) for t in start], *start).fused()
         product = up @ torch.diag(torch.rand(8).to(up.dtype)) @ down
         assert (product == 0).all()
 
@@ -19,7 +19,7 @@ def test_the_fused_product_equals_the_difference_of_both():
     p, p0 = torch.randn(2, 5, 4, dtype=torch.float64)
     lam, lam0 = torch.rand(2, 4, 1, dtype=torch.float64)
     mask = torch.tensor([1.0, 1, 0, 1], dtype=torch.float64)
-    down, up = fuse_factors(q - q0, p - p0, lam - lam0, q0, p0, lam0)
+    down, up = Factors(q - q0, p - p0, lam - lam0, q0, p0, lam0).fused()
     naive = p @ torch.diag(lam[:, 0] * mask) @ q - p0 @ torch.diag(lam0[:, 0] * mask) @ q0
     torch.testing.assert_close(delta_weight(down, up, pair(mask, mask)), naive)
 

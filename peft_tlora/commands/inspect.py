@@ -4,9 +4,8 @@ import argparse
 import json
 from typing import Any
 
-from ..formats.base import load_base
 from ..formats.inspection import inspect_file, worst_layers
-from .options import add_facts, bold, config_of, facts_of, warn
+from .options import add_facts, bold, given_of, warn
 
 HELP = "tell what a T-LoRA file holds"
 _SHOWN = 5
@@ -26,16 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    base = None if args.base is None else load_base(args.base, weights=True)
-    report = inspect_file(
-        args.source,
-        facts=facts_of(args),
-        base=base,
-        component=args.component,
-        hparams=args.hparams,
-        config=config_of(args),
-        allow_pickle=args.allow_pickle,
-    )
+    given = given_of(args, weights=True)
+    report = inspect_file(args.source, **given, allow_pickle=args.allow_pickle)
     for text in report["warnings"] if not args.json else ():
         warn(text)
     if args.json:

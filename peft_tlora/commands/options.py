@@ -5,7 +5,6 @@ import os
 import sys
 from typing import Any, TextIO
 
-from ..config import TLoraConfig
 from ..formats.adapter import Adapter
 from ..formats.base import load_base
 from ..formats.facts import TrainingFacts
@@ -53,30 +52,27 @@ def add_facts(
     parser.add_argument("--allow-pickle", action="store_true", help="read .pt files, too")
 
 
-def facts_of(args: argparse.Namespace) -> TrainingFacts | None:
-    """The facts that were given, None if none was."""
-    given = {name: getattr(args, name) for name in _FACTS}
-    return None if all(v is None for v in given.values()) else TrainingFacts(**given)
+def given_of(args: argparse.Namespace, *, weights: bool) -> dict[str, Any]:
+    """What the options of `add_facts` say, as arguments of `read_adapter`.
 
-
-def config_of(args: argparse.Namespace) -> TLoraConfig | None:
-    """The config that was given."""
-    return None if args.config is None else read_config(args.config)
+    Args:
+        args: The parsed options.
+        weights: Whether the base model is read with its weights.
+    """
+    facts = {name: getattr(args, name) for name in _FACTS}
+    return {
+        "facts": TrainingFacts(**facts),
+        "base": None if args.base is None else load_base(args.base, weights=weights),
+        "component": args.component,
+        "hparams": args.hparams,
+        "config": None if args.config is None else read_config(args.config),
+    }
 
 
 def adapter_of(file: AdapterFile, args: argparse.Namespace) -> Adapter:
     """The adapter in a file, with the options of `add_facts`."""
-    base = None
-    if args.base is not None:
-        base = load_base(args.base, weights=format_of(file) == "lycoris")
-    return read_adapter(
-        file,
-        facts=facts_of(args),
-        base=base,
-        component=args.component,
-        hparams=args.hparams,
-        config=config_of(args),
-    )
+    weights = args.base is not None and format_of(file) == "lycoris"
+    return read_adapter(file, **given_of(args, weights=weights))
 
 
 def rank(text: str) -> int | float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import TLoraConfig
 from ..functional import Factors
-from ..timestep.denoisers import Denoiser, find_denoiser, name_inside
+from ..timestep.denoisers import Denoiser, find_denoiser
 from ..weights.files import AdapterFile, parse_json, read_json
 from ..weights.fit import check_projections, check_trained, of_layer
 from ..weights.names import COMPONENT, OWN_FIELDS, check_name, component_of, parsed
@@ -165,10 +165,8 @@ def _layer(
         check_projections(factors.dq, factors.dp, r)
     except ValueError as error:
         raise ValueError(f"Layer {name}: {error}") from None
-    denoiser, inside = Denoiser(), name
-    taker = None if base is None else find_denoiser(base, name)
-    if base is not None and taker is not None:
-        denoiser, inside = taker[1], name_inside(base, name, taker[0])
+    found = None if base is None else find_denoiser(base, name)
+    denoiser, inside = found[1:] if found else (Denoiser(), name)
     recipe = None
     if factors.dlam is not None and factors[3:] == (None, None, None):
         # PEFT names a layer inside an adapted one, as of attention, by where it is then

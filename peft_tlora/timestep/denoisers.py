@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -227,22 +227,30 @@ def _known(module: nn.Module) -> Denoiser | None:
     return None
 
 
-def find_denoiser(model: nn.Module, layer_name: str) -> tuple[nn.Module, Denoiser] | None:
+class Holder(NamedTuple):
+    """The module that takes the timestep of a layer.
+
+    Args:
+        module: The module.
+        denoiser: How it takes the timestep.
+        inside: The layer's name in it.
+    """
+
+    module: nn.Module
+    denoiser: Denoiser
+    inside: str
+
+
+def find_denoiser(model: nn.Module, layer_name: str) -> Holder | None:
     """The outermost module that holds a layer and takes a timestep; known classes go first."""
-    path = [model]
-    for attribute in layer_name.split(".")[:-1]:
-        path.append(getattr(path[-1], attribute))
-    takers = [(module, found) for module in path if (found := describe(module))]
-    known = [taker for taker in takers if is_known(taker[0])]
+    module, parts, takers = model, layer_name.split("."), []
+    for depth, attribute in enumerate(parts):
+        denoiser = describe(module)
+        if denoiser:
+            takers.append(Holder(module, denoiser, ".".join(parts[depth:])))
+        module = getattr(module, attribute)
+    known = [taker for taker in takers if is_known(taker.module)]
     return next(iter(known or takers), None)
-
-
-def name_inside(model: nn.Module, layer_name: str, holder: nn.Module) -> str:
-    """The name that a layer of a model has in one of the modules on its path."""
-    module, parts = model, layer_name.split(".")
-    while module is not holder and parts:
-        module = getattr(module, parts.pop(0))
-    return ".".join(parts)
 
 
 def library_of(cls: type[nn.Module]) -> str:

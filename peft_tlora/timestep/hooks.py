@@ -9,7 +9,6 @@ from .denoisers import (
     forward_arguments,
     is_known,
     is_timeless,
-    name_inside,
 )
 from .paths import follow_path, root_of
 from .state import TimestepLayer, TimestepState
@@ -33,10 +32,10 @@ def connect(model: nn.Module, unit_is_given: bool) -> None:
         if not isinstance(layer, TimestepLayer):
             continue
         found = find_denoiser(model, name)
-        if found is not None and found[1].is_timeless(name_inside(model, name, found[0])):
+        if found is not None and found.denoiser.is_timeless(found.inside):
             layer.timestep_state = timeless
         elif found is not None:
-            layer.timestep_state = _hook(*found, unit_is_given)
+            layer.timestep_state = _hook(found.module, found.denoiser, unit_is_given)
         elif layer.timestep_state is None:
             layer.timestep_state = timeless if _is_in_timeless(model, name) else lone
 
