@@ -69,7 +69,7 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RankSchedule:
-    options = {"r": args.rank, **{name: getattr(args, name) for name in SCHEDULE_FIELDS}}
+    options = {"r": args.rank, **{name: getattr(args, name, None) for name in SCHEDULE_FIELDS}}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if args.adapter is not None:
         if given.keys() & _NEVER_MISSING:

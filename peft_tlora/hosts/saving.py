@@ -9,12 +9,10 @@ from typing import Any
 
 from ..config import TLoraConfig
 from ..integrations.imports import wrap_function
+from ..schedule import SCHEDULE_FIELDS
 
-_TRAINING = (
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "min_rank"),
-    *("rank_schedule", "schedule_exponent", "rank_multiple", "ortho_init", "ortho_source"),
-    *("init_seed", "num_train_timesteps", "timestep_reversed", "timestep_type"),
-)
+_TRAINING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", *SCHEDULE_FIELDS)
+_TRAINING += ("ortho_init", "ortho_source", "init_seed")
 _configs: set[str] = set()  # of the adapters of this process, as JSON
 # what else is to hear of a file: its name and whether it is whole
 listeners: list[Callable[[str, bool], None]] = []

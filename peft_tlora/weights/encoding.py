@@ -7,22 +7,39 @@ whose average with themselves is themselves, with a checksum that finds a mixtur
 
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..orthogonal import ORTHO_INITS
-from ..schedule import RANK_SCHEDULES, TIMESTEP_TYPES, RankSchedule
+from ..schedule import RANK_SCHEDULES, SCHEDULE_FIELDS, TIMESTEP_TYPES, RankSchedule
 from .start import Recipe
 
 _VERSION = 1
-# version, kind, exponent, min_rank, whether it is a fraction, num_train_timesteps, reversed,
-# lora_alpha, use_rslora, timestep type, rank_multiple; of the recipe of the start choice, seed,
-# name, in_features and fingerprint; zero bytes, so that the length is a multiple of 3; checksum
-_LAYOUT = struct.Struct("<BBdd?d?d?bIbQQI24b2xI")
+# the fields and their formats in `struct`; choices are their indices
+_FIELDS = {
+    "version": "B",
+    "rank_schedule": "B",
+    "schedule_exponent": "d",
+    "min_rank": "d",
+    "is_fraction": "?",
+    "num_train_timesteps": "d",
+    "timestep_reversed": "?",
+    "lora_alpha": "d",
+    "use_rslora": "?",
+    "timestep_type": "b",
+    "rank_multiple": "I",
+    "choice": "b",
+    "seed": "Q",
+    "name": "Q",
+    "in_features": "I",
+}
+# then the fingerprint; zero bytes, so that the length is a multiple of 3; checksum
+_LAYOUT = struct.Struct(f"<{''.join(_FIELDS.values())}24b2xI")
 _NONE = -1  # for an index: no timestep type, no recipe
+_NO_RECIPE = {"choice": _NONE, "seed": 0, "name": 0, "in_features": 0}
 _DIGITS = 8 * _LAYOUT.size // 3
 _TOLERANCE = 0.125  # what averaging in bfloat16 may add
 _SHIFTS = np.arange(21, -1, -3)  # of the 8 digits of 3 bytes
@@ -47,23 +64,22 @@ class Encoded(NamedTuple):
 def encode_schedule(encoded: Encoded) -> Tensor:
     """Write what a layer's tensor says as octal digits, in float16 of shape (digits,)."""
     schedule, lora_alpha, use_rslora, recipe = encoded
-    kind, type_ = schedule.rank_schedule, schedule.timestep_type
-    fields = [
-        *(_VERSION, RANK_SCHEDULES.index(kind), schedule.schedule_exponent),
-        *(float(schedule.min_rank), isinstance(schedule.min_rank, float)),
-        *(schedule.num_train_timesteps, schedule.timestep_reversed, lora_alpha, use_rslora),
-        _NONE if type_ is None else TIMESTEP_TYPES.index(type_),
-        schedule.rank_multiple,
-        *(
-            (_NONE, 0, 0, 0, *([0] * 24))
-            if recipe is None
-            else (
-                *(ORTHO_INITS.index(recipe.choice), recipe.seed, recipe.name),
-                *(recipe.in_features, *recipe.fingerprint),
-            )
-        ),
-    ]
-    raw = _LAYOUT.pack(*fields, 0)
+    type_ = schedule.timestep_type
+    values: dict[str, Any] = {name: getattr(schedule, name) for name in SCHEDULE_FIELDS} | {
+        "version": _VERSION,
+        "rank_schedule": RANK_SCHEDULES.index(schedule.rank_schedule),
+        "min_rank": float(schedule.min_rank),
+        "is_fraction": isinstance(schedule.min_rank, float),
+        "timestep_type": _NONE if type_ is None else TIMESTEP_TYPES.index(type_),
+        "lora_alpha": lora_alpha,
+        "use_rslora": use_rslora,
+        **_NO_RECIPE,
+    }
+    fingerprint = (0,) * 24
+    if recipe is not None:
+        values |= vars(recipe) | {"choice": ORTHO_INITS.index(recipe.choice)}
+        fingerprint = recipe.fingerprint
+    raw = _LAYOUT.pack(*(values[name] for name in _FIELDS), *fingerprint, 0)
     raw = raw[:-4] + struct.pack("<I", zlib.crc32(raw[:-4]))
     words = np.frombuffer(raw, np.uint8).reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1])
     digits = words[:, None] >> _SHIFTS & 7
@@ -94,38 +110,33 @@ def decode_schedule(tensor: Tensor, r: int, layer: str) -> Encoded:
             "schedule: average adapters of one config, with weights whose sum is 1, or combine "
             "them with add_weighted_adapter. Or the file is damaged."
         )
-    version, kind, exponent, min_rank, is_fraction, total, is_reversed = fields[:7]
-    lora_alpha, use_rslora, type_, multiple = fields[7:11]
-    choice, seed, name, in_features = fields[11:15]
+    said: dict[str, Any] = dict(zip(_FIELDS, fields, strict=False))
     known = (
-        kind < len(RANK_SCHEDULES)
-        and _NONE <= type_ < len(TIMESTEP_TYPES)
-        and _NONE <= choice < len(ORTHO_INITS)
-        and (is_fraction or min_rank.is_integer())
+        said["rank_schedule"] < len(RANK_SCHEDULES)
+        and _NONE <= said["timestep_type"] < len(TIMESTEP_TYPES)
+        and _NONE <= said["choice"] < len(ORTHO_INITS)
+        and (said["is_fraction"] or said["min_rank"].is_integer())
     )
-    if version != _VERSION or not known:
+    if said["version"] != _VERSION or not known:
         raise ValueError(
-            f"lora_schedule of layer {layer[:200]} has version {version} or values that this "
-            f"peft_tlora doesn't know, which writes version {_VERSION}: install the one that wrote "
-            "the file."
+            f"lora_schedule of layer {layer[:200]} has version {said['version']} or values that "
+            f"this peft_tlora doesn't know, which writes version {_VERSION}: install the one that "
+            "wrote the file."
         )
+    type_ = said["timestep_type"]
+    said["rank_schedule"] = RANK_SCHEDULES[said["rank_schedule"]]
+    said["timestep_type"] = None if type_ == _NONE else TIMESTEP_TYPES[type_]
+    said["min_rank"] = said["min_rank"] if said["is_fraction"] else int(said["min_rank"])
     try:
-        schedule = RankSchedule(
-            r,
-            min_rank if is_fraction else int(min_rank),
-            RANK_SCHEDULES[kind],  # pyright: ignore[reportArgumentType]
-            exponent,
-            total,
-            is_reversed,
-            None if type_ == _NONE else TIMESTEP_TYPES[type_],  # pyright: ignore[reportArgumentType]
-            multiple,
-        )
+        schedule = RankSchedule(r, **{name: said[name] for name in SCHEDULE_FIELDS})
     except ValueError as error:
         raise ValueError(f"lora_schedule of layer {layer[:200]}: {error}") from None
     recipe = None
-    if choice != _NONE:
-        recipe = Recipe(ORTHO_INITS[choice], seed, name, in_features, fields[15:])  # pyright: ignore[reportArgumentType]
-    return Encoded(schedule, lora_alpha, use_rslora, recipe)
+    if said["choice"] != _NONE:
+        said["choice"] = ORTHO_INITS[said["choice"]]
+        made_of = {name: said[name] for name in _NO_RECIPE}
+        recipe = Recipe(**made_of, fingerprint=fields[len(_FIELDS) :])
+    return Encoded(schedule, said["lora_alpha"], said["use_rslora"], recipe)
 
 
 def _fields(digits: np.ndarray) -> tuple | None:
