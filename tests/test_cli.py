@@ -88,6 +88,15 @@ def test_inspect_tells_the_family(capsys, tmp_path, family):
     assert json.loads(run(capsys, "inspect", path, "--json")[1])["family"] == family
 
 
+def test_a_family_that_contradicts_the_layers_is_refused(capsys, tmp_path):
+    path = write_peft(families.adapter("sdxl", r".*(attn1?|attn2)\.(to_q|to_k)"), tmp_path)
+    for family, expected in (("sd", 1), ("sdxl", 0)):
+        to = ("--to", "kohya", "--timestep", "500", "--family", family)
+        code, _, err = run(capsys, "convert", path, tmp_path / f"{family}.safetensors", *to)
+        assert code == expected
+        assert ("layers are those of sdxl, not of sd" in err) == expected
+
+
 def test_inspect_says_what_is_missing(capsys, tmp_path):
     path, _, _ = official_sdxl(tmp_path)
     (tmp_path / "logs" / "hparams.yml").unlink()

@@ -84,7 +84,10 @@ def call(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _write(adapter: Adapter, args: argparse.Namespace) -> dict[str, Any]:
     if args.to in _OWN:
         return {"path": str(_OWN[args.to](adapter, args.destination))}
-    family = args.family or family_of(adapter.layers)
+    told = family_of(adapter.layers)
+    family = args.family or told
+    if told not in (None, family):
+        raise ValueError(f"The layers are those of {told}, not of {family}: leave --family out.")
     dtype = _DTYPES[args.dtype or "fp32"]
     if args.bands is not None:
         folder = Path(args.destination)
