@@ -1,6 +1,7 @@
 """T-LoRA for PEFT and diffusers: LoRA whose active rank follows the timestep."""
 
 from .config import TLoraConfig
+from .generation import FusedGeneration
 from .hosts import diffusers, saving, trainers
 from .integrations import peft
 from .loading import load_tlora_weights
@@ -12,6 +13,7 @@ from .timestep.state import timestep_context
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusedGeneration",
     "TLoraConfig",
     "TLoraModel",
     "__version__",

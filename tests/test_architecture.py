@@ -14,7 +14,7 @@ ORDER = [
     {"weights"},  # what travels
     {"layers"},
     {"combination", "regularization", "hosts"},
-    {"model", "loading"},
+    {"model", "loading", "generation"},
     {"__init__"},
     {"formats"},
     {"commands"},

@@ -69,6 +69,7 @@ def test_a_config_pickled_in_one_process_loads_in_another(tmp_path):
 
 def test_the_public_names_are_exported():
     assert set(peft_tlora.__all__) == {
+        "FusedGeneration",
         "TLoraConfig",
         "TLoraModel",
         "__version__",

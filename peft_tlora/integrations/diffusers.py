@@ -1,4 +1,4 @@
-"""diffusers' private parts: its LoRA loaders, and how a model's tokens are split."""
+"""diffusers' private parts: its LoRA loaders, its hooks, and how a model's tokens are split."""
 
 import inspect
 import sys
@@ -17,6 +17,7 @@ _PLACES = {
     _CREATE: ("utils.peft_utils", "loaders.peft", "loaders.lora_base"),
     _FETCH: ("loaders.lora_base", "loaders.lora_pipeline", "loaders.peft"),
 }
+_MOVING = ("group_offloading", "layerwise_casting")  # hooks that exchange weights
 _ARGUMENTS = ["state_dict", "network_alphas", "metadata", "rank_pattern_dict"]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -53,6 +54,12 @@ def unwrap() -> None:
 def is_prepared_for_hotswap(model: nn.Module) -> bool:
     """Whether a model is to be prepared for hotswapping by its next adapter."""
     return getattr(model, "_prepare_lora_hotswap_kwargs", None) is not None
+
+
+def moves_weights(model: nn.Module) -> bool:
+    """Whether diffusers' hooks put other weights into parts of a model for each forward."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return any(name in _MOVING for registry in registries if registry for name in registry.hooks)
 
 
 def token_shard(denoiser: nn.Module) -> tuple[int, int] | None:

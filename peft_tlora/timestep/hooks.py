@@ -1,5 +1,7 @@
 """Connects T-LoRA layers with the timestep of their denoiser: a hook reads it at each forward."""
 
+from typing import Any
+
 from torch import nn
 
 from ..integrations.diffusers import token_shard
@@ -47,7 +49,7 @@ def disconnect(module: nn.Module) -> None:
         hook.remove()
 
 
-class _TimestepHook:
+class TimestepHook:
     """Reads the timestep argument of a denoiser's forward; copies and pickles with the module."""
 
     def __init__(self, module: nn.Module, denoiser: Denoiser) -> None:
@@ -66,7 +68,8 @@ class _TimestepHook:
             module.register_forward_hook(self.after, always_call=True),
         ]
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def read(self, args: tuple, kwargs: dict) -> Any:
+        """The timestep among the arguments of a forward, None if it isn't there."""
         timestep = None
         if self.argument in kwargs:
             timestep = kwargs[self.argument]
@@ -74,21 +77,32 @@ class _TimestepHook:
             timestep = args[self.position]
         if self.path is not None:
             timestep = follow_path(self.path, timestep)
-        self.state.begin_forward(timestep, token_shard(module))
+        return timestep
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Let the layers know the timestep of the forward that starts."""
+        self.state.begin_forward(self.read(args, kwargs), token_shard(module))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Let them forget it."""
         self.state.end_forward()
 
     def remove(self) -> None:
+        """Take it off the module."""
         for handle in self.handles:
             handle.remove()
+
+
+def hooks_of(model: nn.Module) -> list[tuple[nn.Module, TimestepHook]]:
+    """The denoisers in a model, with their hooks."""
+    return [(m, m.__dict__[_HOOK]) for m in model.modules() if _HOOK in m.__dict__]
 
 
 def _hook(module: nn.Module, denoiser: Denoiser, unit_is_given: bool) -> TimestepState:
     if _HOOK not in module.__dict__:
         for inner in module.modules():  # an adapter may have been put into a part of it before
             disconnect(inner)
-        module.__dict__[_HOOK] = _TimestepHook(module, denoiser)
+        module.__dict__[_HOOK] = TimestepHook(module, denoiser)
     state = module.__dict__[_HOOK].state
     if not unit_is_given and not is_known(module):
         state.assumption = (
