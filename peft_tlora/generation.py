@@ -1,11 +1,13 @@
 """Generation at the base's speed: each step's mask is in the weights for as long as it holds."""
 
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
+from .functional import Factors, interleave
 from .integrations.diffusers import moves_weights
 from .layers.attention import MultiheadAttention
 from .layers.factors import plain_weight
@@ -15,8 +17,24 @@ from .schedule import RankSchedule
 from .timestep.captured import CapturedTimestep
 from .timestep.hooks import TimestepHook, hooks_of
 
-# the adapters in a layer's weight: name, active ranks (None: all), scaling, version of the factors
-Mask = tuple[tuple[str, int | None, float, tuple[int, ...]], ...]
+
+class Fused(NamedTuple):
+    """An adapter in a layer's weight.
+
+    Args:
+        name: Its name.
+        rank: Its active ranks, None for all.
+        scaling: Its scaling.
+        version: The version of its factors.
+    """
+
+    name: str
+    rank: int | None
+    scaling: float
+    version: tuple[int, ...]
+
+
+Mask = tuple[Fused, ...]  # of a layer: all adapters in its weight
 
 
 class FusedGeneration:
@@ -51,6 +69,7 @@ class FusedGeneration:
         self.model = model
         self._kept: dict[TLoraLayer, Tensor] = {}
         self._fused: dict[TLoraLayer, Mask] = {}
+        self._products: dict[tuple[TLoraLayer, str], tuple[object, Tensor, Tensor, int]] = {}
         self._handles: list[Any] = []
 
     def enable(self) -> None:
@@ -76,8 +95,8 @@ class FusedGeneration:
         self._handles.clear()
         for layer in list(self._kept):
             self.fuse(layer, ())
-        self._kept.clear()
-        self._fused.clear()
+        for held in (self._kept, self._fused, self._products):
+            held.clear()
 
     def __enter__(self) -> "FusedGeneration":
         """Enable."""
@@ -91,27 +110,70 @@ class FusedGeneration:
     @torch.no_grad()
     def fuse(self, layer: Any, mask: Mask) -> None:
         """Put the base's weight plus the updates of a mask into a layer; () for the base's own."""
-        if self._fused.get(layer, ()) == mask:
+        before = self._fused.get(layer, ())
+        if before == mask:
             return
         weight = layer.get_base_layer().weight
         if layer not in self._kept:
             self._kept[layer] = weight.detach().clone()
         kept = self._kept[layer].to(weight.device)
-        if mask:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            total = kept.to(wide)
-            for name, rank, *_ in mask:
-                variant = layer.tlora_variant(name)
-                if variant is None:
-                    delta = layer.get_delta_weight(name)
-                else:
-                    delta = variant.delta_weight(layer, name, rank)
-                total = total + delta.to(weight.device, wide)
-            kept = total
-        weight.copy_(kept)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        flat = weight.detach().flatten(1)  # the weight itself, unless it is channels-last
+        if len(mask) == 1 and weight.dtype == wide and flat.data_ptr() == weight.data_ptr():
+            more = len(before) == 1 and before[0]._replace(rank=mask[0].rank) == mask[0]
+            since = before[0].rank or 0 if more else 0
+            if more and 0 < since < (mask[0].rank or 0):  # the ranks that switch on
+                left, right, scaling = self._product(layer, mask[0], wide, since)
+                flat.addmm_(left, right, alpha=scaling)
+            else:
+                left, right, scaling = self._product(layer, mask[0], wide)
+                torch.addmm(kept.flatten(1), left, right, alpha=scaling, out=flat)
+        elif mask:
+            total = kept.to(wide, copy=True).flatten(1)
+            for adapter in mask:
+                left, right, scaling = self._product(layer, adapter, wide)
+                total.addmm_(left, right, alpha=scaling)
+            weight.copy_(total.view(weight.shape))
+        else:
+            weight.copy_(kept)
         # what PEFT asks for, to leave the adapters out of the forward
-        layer.merged_adapters = [name for name, *_ in mask]
+        layer.merged_adapters = [fused.name for fused in mask]
         self._fused[layer] = mask
+
+    def _product(
+        self, layer: Any, adapter: Fused, dtype: torch.dtype, since: int = 0
+    ) -> tuple[Tensor, Tensor, float]:
+        """Two matrices and a factor whose product is the update of an adapter's active ranks.
+
+        Args:
+            layer: The layer.
+            adapter: The adapter and its mask.
+            dtype: Their dtype.
+            since: How many ranks are left out at the beginning.
+        """
+        name, rank, scaling, version = adapter
+        device = layer.get_base_layer().weight.device
+        key, known = (version, dtype, device), self._products.get((layer, name))
+        if known is None or known[0] != key:
+            variant = layer.tlora_variant(name)
+            factors = (
+                Factors(layer.lora_A[name].weight, layer.lora_B[name].weight)
+                if variant is None
+                else variant.factors(layer, name)
+            )
+            down, up = factors.to(dtype).fused()
+            down, up = down.flatten(1).to(device), up.flatten(1).mT.to(device)
+            columns = 1
+            if factors.dlam is not None:  # the two columns of a rank side by side
+                down, up, columns = interleave(down), interleave(up), 2
+            known = self._products[layer, name] = (key, up.contiguous(), down.contiguous(), columns)
+        _, up, down, columns = known
+        if rank is not None:
+            ranks = slice(columns * since, columns * rank)
+            up, down = up[ranks], down[ranks]
+        if getattr(layer, "fan_in_fan_out", False):
+            return down.mT, up, scaling
+        return up.mT, down, scaling
 
 
 class _Begin(NamedTuple):
@@ -129,18 +191,20 @@ class _Begin(NamedTuple):
         masks = None
         if timestep is not None and not torch.is_grad_enabled():
             masks = _masks(self.layers, timestep)
-        for i, layer in enumerate(self.layers):
-            self.mode.fuse(layer, masks[i] if masks else ())
+        for layer, mask in zip(self.layers, masks or repeat(()), strict=False):
+            self.mode.fuse(layer, mask)
 
 
-def _masks(layers: list[UnquantizedLayer], timestep: CapturedTimestep) -> list[Mask] | None:
+def _masks(layers: list[Any], timestep: CapturedTimestep) -> list[Mask] | None:
     """What is to be in each layer's weight; None if no one mask is right for all samples."""
     ranks: dict[RankSchedule, int | None] = {}
     masks = []
     for layer in layers:
         mask = []
-        for name in layer.active_adapters if not layer.disable_adapters else ():
-            if name not in layer.lora_A:
+        for name in () if layer.disable_adapters else layer.active_adapters:
+            # past torch's lookup of submodules, which would cost more than all else here
+            lora_A: Any = layer._modules["lora_A"]._modules.get(name)
+            if lora_A is None:
                 continue
             variant, rank = layer.tlora_variant(name), None
             if variant is not None:
@@ -150,11 +214,17 @@ def _masks(layers: list[UnquantizedLayer], timestep: CapturedTimestep) -> list[M
                 rank = ranks[schedule]
                 if rank is None:
                     return None
-            factors = (layer.lora_A[name].weight, layer.lora_B[name].weight)
-            version = tuple(f._version for f in factors if not f.is_inference())
-            mask.append((name, rank, float(layer.scaling[name]), (*map(id, factors), *version)))
+            lora_B: Any = layer._modules["lora_B"]._modules[name]
+            version = (*_version(lora_A), *_version(lora_B))
+            mask.append(Fused(name, rank, float(layer.scaling[name]), version))
         masks.append(tuple(mask))
     return masks
+
+
+def _version(module: Any) -> tuple[int, int]:
+    """Which tensor a module's weight is, and how often it was changed in place."""
+    weight = module._parameters["weight"]
+    return id(weight), 0 if weight.is_inference() else weight._version
 
 
 def _one_rank(ranks: int | Tensor) -> int | None:

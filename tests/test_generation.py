@@ -85,7 +85,7 @@ def test_the_error_is_that_of_merging(dtype):
             model.merge_adapter()
         merged = model(x, t).double()
     error, allowed = ((y - right).norm() / right.norm() for y in (found, merged))
-    assert error <= 1.2 * allowed + 1e-15
+    assert error <= 1.5 * allowed + 1e-15
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

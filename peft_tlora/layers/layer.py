@@ -214,6 +214,12 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
 class UnquantizedLayer(TLoraLayer):
     """T-LoRA on a layer whose weight PEFT takes for a plain tensor."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
+        if self.merged_adapters and not self._disable_adapters and not args and not kwargs:
+            return self.base_layer(x)  # pyright: ignore[reportCallIssue]
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters, all active ones if no names are given, into the base weight.
 
@@ -237,7 +243,7 @@ class Linear(UnquantizedLayer, lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
-        if not args and not kwargs and not self.disable_adapters and not self.merged:
+        if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
             result = self._forward_at_once(x)
             if result is not None:
                 return result
