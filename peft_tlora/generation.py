@@ -111,7 +111,8 @@ class FusedGeneration:
     def fuse(self, layer: Any, mask: Mask) -> None:
         """Put the base's weight plus the updates of a mask into a layer; () for the base's own."""
         before = self._fused.get(layer, ())
-        if before == mask:
+        intact = len(layer.merged_adapters) == len(before)  # or PEFT has unmerged what was merged
+        if intact and before == mask:
             return
         weight = layer.get_base_layer().weight
         if layer not in self._kept:
@@ -120,13 +121,11 @@ class FusedGeneration:
         wide = torch.promote_types(weight.dtype, torch.float32)
         flat = weight.detach().flatten(1)  # the weight itself, unless it is channels-last
         if len(mask) == 1 and weight.dtype == wide and flat.data_ptr() == weight.data_ptr():
-            more = len(before) == 1 and before[0]._replace(rank=mask[0].rank) == mask[0]
-            since = before[0].rank or 0 if more else 0
-            if more and 0 < since < (mask[0].rank or 0):  # the ranks that switch on
-                left, right, scaling = self._product(layer, mask[0], wide, since)
+            since = _in_weight(before, mask[0]) if intact else 0
+            left, right, scaling = self._product(layer, mask[0], wide, since)
+            if since:
                 flat.addmm_(left, right, alpha=scaling)
             else:
-                left, right, scaling = self._product(layer, mask[0], wide)
                 torch.addmm(kept.flatten(1), left, right, alpha=scaling, out=flat)
         elif mask:
             total = kept.to(wide, copy=True).flatten(1)
@@ -176,6 +175,14 @@ class FusedGeneration:
         return up.mT, down, scaling
 
 
+def _in_weight(before: Mask, new: Fused) -> int:
+    """How many first ranks of an adapter are in a weight that should have more of it, else 0."""
+    old = before[0] if len(before) == 1 else None
+    if old is None or old.rank is None or new.rank is None or old.rank > new.rank:
+        return 0
+    return old.rank if old._replace(rank=new.rank) == new else 0
+
+
 class _Begin(NamedTuple):
     """A hook that prepares the layers of a denoiser for the forward that begins."""
 
@@ -202,11 +209,11 @@ def _masks(layers: list[Any], timestep: CapturedTimestep) -> list[Mask] | None:
     for layer in layers:
         mask = []
         for name in () if layer.disable_adapters else layer.active_adapters:
-            # past torch's lookup of submodules, which would cost more than all else here
-            lora_A: Any = layer._modules["lora_A"]._modules.get(name)
-            if lora_A is None:
+            if name not in layer.scaling:
                 continue
             variant, rank = layer.tlora_variant(name), None
+            if variant is None and (name in layer.lora_variant or layer.lora_bias[name]):
+                return None  # DoRA and its like have an update of another form
             if variant is not None:
                 schedule = variant.ranks.schedule
                 if schedule not in ranks:
@@ -214,17 +221,21 @@ def _masks(layers: list[Any], timestep: CapturedTimestep) -> list[Mask] | None:
                 rank = ranks[schedule]
                 if rank is None:
                     return None
-            lora_B: Any = layer._modules["lora_B"]._modules[name]
-            version = (*_version(lora_A), *_version(lora_B))
-            mask.append(Fused(name, rank, float(layer.scaling[name]), version))
+            mask.append(Fused(name, rank, float(layer.scaling[name]), _version(layer, name)))
         masks.append(tuple(mask))
     return masks
 
 
-def _version(module: Any) -> tuple[int, int]:
-    """Which tensor a module's weight is, and how often it was changed in place."""
-    weight = module._parameters["weight"]
-    return id(weight), 0 if weight.is_inference() else weight._version
+def _version(layer: Any, name: str) -> tuple[int, ...]:
+    """Which tensors an adapter's trained factors are, and how often they were changed in place."""
+    version = []
+    for part in ("lora_A", "lora_B", "lora_lambda"):
+        # past torch's lookup of submodules, which would cost more than all else here
+        module = layer._modules[part]._modules.get(name)
+        if module is not None:
+            weight = module._parameters["weight"]
+            version += (id(weight), 0 if weight.is_inference() else weight._version)
+    return tuple(version)
 
 
 def _one_rank(ranks: int | Tensor) -> int | None:

@@ -5,7 +5,7 @@ import itertools
 import accelerate
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -146,9 +146,53 @@ def test_a_change_of_the_factors_in_place_is_noticed():
         before = model(X, t)
         model.base_model.model.to_q.lora_B["default"].weight.mul_(3)
         found = model(X, t)
+        model.base_model.model.to_out.lora_lambda["default"].weight.mul_(-2)
+        assert not torch.allclose(model(X, t), found)
+        found = model(X, t)
     assert not torch.allclose(found, before)
     with torch.no_grad():
         torch.testing.assert_close(found, model(X, t))
+
+
+def test_pefts_own_switches_act_as_ever():
+    """PeftModel.set_adapter unmerges what it finds merged, by an update that isn't there."""
+    model = adapted(r=4, min_rank=1).eval()
+    model.add_adapter("other", TLoraConfig(r=4, target_modules=["to_q"], init_seed=3))
+    perturb(model, seed=5)
+    t = torch.tensor(400)
+    expected = {}
+    with torch.no_grad():
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            expected[name] = model(X, t)
+        before = base_of(model)
+        with FusedGeneration(model):
+            for name in ("other", "default", "default", "other"):
+                if model.base_model.model.to_q.merged:
+                    with pytest.warns(UserWarning, match="merged"):
+                        model.set_adapter(name)
+                else:
+                    model.set_adapter(name)
+                torch.testing.assert_close(model(X, t), expected[name])
+            with model.disable_adapter():
+                base = model(X, t)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(X, t), base)
+    assert_as_before(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_plain_adapter_of_another_kind_beside_leaves_the_layers_masked():
+    model = TinyDenoiser()
+    inject_adapter_in_model(TLoraConfig(r=4, target_modules=["to_q"]), model, "toy")
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["to_q"], use_dora=True), model, "dora")
+    perturb(model)
+    model.to_q.set_adapter(["toy", "dora"])
+    with torch.no_grad():
+        expected = model(X, torch.tensor(400))
+        with FusedGeneration(model):
+            assert torch.equal(model(X, torch.tensor(400)), expected)
+            assert not model.to_q.merged
 
 
 def test_an_exception_leaves_nothing_behind():
