@@ -18,7 +18,7 @@ from .weights.files import open_file
 from .weights.fit import check_factors, check_fit, check_trained, weight_of
 from .weights.names import FIELDS, check_name, parsed
 from .weights.start import canonical_name
-from .weights.state_dict import config_from_state_dict, is_half, is_tlora
+from .weights.state_dict import TRAINED_ALONE, config_from_state_dict, is_half, is_tlora
 
 
 def load_tlora_weights(
@@ -179,9 +179,8 @@ def _config(
         return config_from_state_dict(part)
     if config is None:
         raise ValueError(
-            "The source has the trained tensors of a T-LoRA adapter without its lora_schedule, as "
-            "a host saves them that keeps what requires grad: pass the config that they were "
-            "trained with, as config=TLoraConfig(...)."
+            f"The source has {TRAINED_ALONE}: pass the config that they were trained with, as "
+            "config=TLoraConfig(...)."
         )
     for layer, fields in _layers(part).items():
         check_trained(layer, fields, config)
@@ -213,4 +212,4 @@ def _check(part: Mapping[str, Tensor], module: nn.Module) -> None:
             raise ValueError(f"Layer {layer}: {error}") from None
         weight = weight_of(modules, layer)
         if weight is not None:
-            check_fit(layer, factors.dq, factors.dp, weight)
+            check_fit(layer, factors.dq, factors.dp, weight, type(module).__name__)

@@ -53,12 +53,7 @@ def add_facts(
 
 
 def given_of(args: argparse.Namespace, *, weights: bool) -> dict[str, Any]:
-    """What the options of `add_facts` say, as arguments of `read_adapter`.
-
-    Args:
-        args: The parsed options.
-        weights: Whether the base model is read with its weights.
-    """
+    """What the options of `add_facts` say, as arguments of `read_adapter`."""
     facts = {name: getattr(args, name) for name in _FACTS}
     return {
         "facts": TrainingFacts(**facts),

@@ -113,13 +113,8 @@ class Adapter:
         """
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
-            weight = weight_of(modules, name)
-            if weight is None:
-                raise ValueError(
-                    f"The adapter doesn't fit: {type(model).__name__} has no layer {name} with a "
-                    "weight. Is it for another base model?"
-                )
-            check_fit(name, layer.factors.dq, layer.factors.dp, weight)
+            q, p, *_ = layer.factors
+            check_fit(name, q, p, weight_of(modules, name), type(model).__name__)
 
 
 def _check_layer(layer: AdapterLayer) -> None:

@@ -22,6 +22,9 @@ from .reading import FORMATS, format_of, read_adapter
 # lets a file be read whose schedule is unknown; the report then leaves it out
 _NO_MASK = TrainingFacts(rank_schedule="constant", num_train_timesteps=1000.0)
 
+_UNREAD: dict[str, Any] = dict.fromkeys(("component", "family", "ortho", "schedule"))
+_UNREAD |= {"ranks": {}, "lora_alpha": [], "scaling": [], "kinds": {}, "layers": {}}
+
 
 def inspect_file(
     source: str | os.PathLike[str],
@@ -60,7 +63,7 @@ def inspect_file(
     given = {"base": base, "component": component, "hparams": hparams, "config": config}
     adapter, known, warnings = _read(file, name, facts, given)
     if adapter is None:
-        return {**report, **_unread(), "warnings": warnings}
+        return {**report, **_UNREAD, "warnings": warnings}
     described = describe(adapter, schedule_known=known)
     damaged = [name for name, layer in described["layers"].items() if not layer["finite"]]
     if damaged:
@@ -84,18 +87,6 @@ def describe(adapter: Adapter, *, schedule_known: bool = True) -> dict[str, Any]
         "schedule": schedule if schedule_known else None,
         "kinds": dict(Counter(_kind(n, layer) for n, layer in adapter.layers.items())),
         "layers": {name: _layer(layer) for name, layer in adapter.layers.items()},
-    }
-
-
-def _unread() -> dict[str, Any]:
-    names = ("component", "family", "ortho", "schedule")
-    return {
-        **dict.fromkeys(names),
-        "ranks": {},
-        "lora_alpha": [],
-        "scaling": [],
-        "kinds": {},
-        "layers": {},
     }
 
 

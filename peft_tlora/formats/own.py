@@ -84,15 +84,7 @@ def read_diffusers(file: AdapterFile, given: Given) -> Adapter:
 def choose_component(
     path: Path, counts: Mapping[str, int], component: str | None
 ) -> tuple[str, tuple[str, ...]]:
-    """Which of a pipeline's models in a file is read.
-
-    Args:
-        path: The file.
-        counts: The number of tensors of each model.
-        component: The model that was asked for, None for the only one.
-
-    Returns:
-        Its name, and notes of the others.
+    """Which of a pipeline's models in a file is read, by their numbers of tensors, and notes.
 
     Raises:
         ValueError: If there is no such model, or none was asked for and there are several.

@@ -23,7 +23,14 @@ from ..integrations import diffusers as loaders
 from ..layers.layer import TLoraLayer
 from ..weights.fit import check_fit
 from ..weights.names import component_of
-from ..weights.state_dict import SCHEDULE, config_from_state_dict, is_foreign, is_half, is_tlora
+from ..weights.state_dict import (
+    SCHEDULE,
+    TRAINED_ALONE,
+    config_from_state_dict,
+    is_foreign,
+    is_half,
+    is_tlora,
+)
 
 _WEIGHTS = "_weights_of_file"  # of a config, until its adapter is injected
 _PEFT_PREFIX = "base_model.model."
@@ -55,10 +62,8 @@ def _recognising(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(state_dict, network_alphas, metadata, *args, **kwargs)
         if half and not metadata:
             raise ValueError(
-                "The file holds the trained tensors of a T-LoRA adapter without its lora_schedule, "
-                "as a host saves them that keeps what requires grad. Load it with "
-                "peft_tlora.load_tlora_weights(pipe, source, config=TLoraConfig(...)) and the "
-                "config that it was trained with."
+                f"The file holds {TRAINED_ALONE}. Load it with peft_tlora.load_tlora_weights(pipe, "
+                "source, config=TLoraConfig(...)) and the config that it was trained with."
             )
         model = kwargs.get("model_state_dict")
         if model is not None:
@@ -134,14 +139,11 @@ def refuse_other_base(new: Mapping[str, Tensor], model: Mapping[str, Tensor]) ->
     names = {key.rpartition(".")[0] for key in model}
     for layer in (key.removesuffix(SCHEDULE) for key in new if key.endswith(SCHEDULE)):
         place = next((name for name in (f"{layer}.base_layer", layer) if name in names), None)
+        q, p = (new[f"{layer}.lora_{x}.weight"] for x in "AB")
         if place is None:
-            raise ValueError(
-                f"The adapter doesn't fit: the model has no layer {layer[:200]}. Is it for another "
-                "base model?"
-            )
+            check_fit(layer, q, p, None, "the model")
         if f"{place}.weight" in model:
-            q, p = (new[f"{layer}.lora_{x}.weight"] for x in "AB")
-            check_fit(layer, q, p, model[f"{place}.weight"])
+            check_fit(layer, q, p, model[f"{place}.weight"], "the model")
 
 
 def _refuse_hotswap(

@@ -177,12 +177,11 @@ class TimestepState:
     def watch(self, timestep: CapturedTimestep, schedule: RankSchedule) -> None:
         """Note that a timestep is used; warn once of values that the schedule doesn't expect."""
         self.was_set = True
-        if not timestep.checked and not is_traced():
-            timestep.checked = True
-            if timestep.unit is None:
-                self._check(timestep, schedule)
-
-    def _check(self, timestep: CapturedTimestep, schedule: RankSchedule) -> None:
+        if timestep.checked or is_traced():
+            return
+        timestep.checked = True
+        if timestep.unit is not None:
+            return
         if self.assumption is not None:
             self.warn_once("assumption", self.assumption)
         complaint = self._range.complaint(timestep.value, schedule, timestep.is_log_sigma)

@@ -24,19 +24,23 @@ def weight_of(modules: Mapping[str, nn.Module], layer: str) -> Tensor | None:
     return None
 
 
-def check_fit(name: str, q: Tensor, p: Tensor, weight: Tensor) -> None:
-    """Raise unless a layer's factors are for a weight of such a shape.
+def check_fit(layer: str, q: Tensor, p: Tensor, weight: Tensor | None, model: str) -> None:
+    """Raise unless a layer's factors are for the weight that a model has under its name.
 
     Raises:
-        ValueError: If they aren't.
+        ValueError: If they aren't, or there is none.
     """
-    found, wanted = (p.shape[0], *q.shape[1:]), tuple(weight.shape)
+    found = (p.shape[0], *q.shape[1:])
+    if weight is None:
+        problem = f"{model} has no layer {layer[:200]} with a weight"
     # quantised weights are packed, and transformers' Conv1D holds its weight transposed
-    if weight.is_floating_point() and found not in (wanted, wanted[::-1]):
-        raise ValueError(
-            f"The adapter doesn't fit: its layer {name} is for a weight of shape {found}, that of "
-            f"the model is {wanted}. Is it for another base model?"
+    elif weight.is_floating_point() and found not in (tuple(weight.shape), weight.shape[::-1]):
+        problem = (
+            f"layer {layer} is for a weight of shape {found}, {model}'s is {tuple(weight.shape)}"
         )
+    else:
+        return
+    raise ValueError(f"The adapter doesn't fit: {problem}. Is it for another base model?")
 
 
 def check_projections(q: Tensor, p: Tensor, r: int) -> None:

@@ -18,6 +18,10 @@ _LAMBDA = ".lora_lambda.weight"
 _FOREIGN_TENSOR = re.compile(r"\.(q_layer|p_layer|lambda_layer|base_lambda(_buf)?)(\.|$)")
 _FOREIGN_NAME = re.compile(r"t[-_]?lora", re.IGNORECASE)
 _ALGORITHMS = ("ss_network_module", "ss_network_args", "network_module", "algo", "network_type")
+TRAINED_ALONE = (
+    "the trained tensors of a T-LoRA adapter without its lora_schedule, as a host saves them that "
+    "keeps what requires grad"
+)
 Number = TypeVar("Number", int, float)
 
 
