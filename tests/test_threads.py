@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_tlora import active_rank, timestep_context
+from peft_tlora.schedule import RankSchedule
+from peft_tlora.timestep import range as value_range
 from peft_tlora.timestep.denoisers import DENOISERS, Denoiser
 
 from .conftest import TinyDenoiser, adapted, ranks_seen
@@ -181,3 +183,16 @@ def test_no_thread_leaves_anything_behind():
         warnings.simplefilter("always")
         model.base_model.model.to_q(torch.randn(1, 8))
     assert any("ran without a timestep" in str(w.message) for w in caught)
+
+
+def test_the_check_of_the_values_survives_another_thread_inside(monkeypatch):
+    watch, original = value_range.TimestepRange("Net"), value_range._tensor
+
+    def interrupted(value):
+        if value.is_floating_point():
+            watch._only_fractions = False  # what the other thread has found out by now
+        return original(value)
+
+    monkeypatch.setattr(value_range, "_tensor", interrupted)
+    watch._only_fractions = torch.tensor(True)
+    assert watch.complaint(torch.tensor(0.5), RankSchedule(4), None) is None

@@ -44,23 +44,23 @@ class TimestepRange:
         told = is_log_sigma if schedule.timestep_type is None else None
         outside = ~_tensor(schedule.allows(value)).all()
         self._seen_outside = _either(_either(outside, told), self._seen_outside)
+        fractions = self._only_fractions  # other threads may call the model and change it meanwhile
         if schedule.timestep_type != "linear" or schedule.num_train_timesteps <= 2:
-            self._only_fractions = False
-        elif self._only_fractions is not False:
+            fractions = False
+        elif fractions is not False:
             t = _tensor(value)
-            fractions = ((t > 0) & (t < 1)).all()
-            previous = self._only_fractions
-            self._only_fractions = (
-                fractions if previous is True else fractions & previous.to(t.device)
-            )
+            inside = ((t > 0) & (t < 1)).all()
+            fractions = inside if fractions is True else inside & fractions.to(t.device)
+        fractions = self._only_fractions is not False and fractions
+        self._only_fractions = fractions
         self._checks += 1
         if self._checks & (self._checks - 1) != 0:
             return None
-        self._only_fractions = bool(self._only_fractions)
-        if not self._seen_outside and not self._only_fractions:
+        self._only_fractions = fractions = bool(fractions)
+        if not self._seen_outside and not fractions:
             return None
         self._complained = True
-        if self._only_fractions:
+        if fractions:
             return (
                 f"The timesteps of {self.name} are taken to count from 0 to "
                 f"{schedule.num_train_timesteps:g}, but all so far lie between 0 and 1 (now: "
