@@ -267,9 +267,22 @@ def test_a_model_that_is_offloaded_as_a_whole_is_fused():
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def offloaded():
+def cast_by_layers():
     unet = with_adapter("unet").unet
     unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    return unet
+
+
+def offloaded_in_groups():
+    unet = with_adapter("unet").unet
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(cpu, offload_type="block_level", num_blocks_per_group=1)
+    return unet
+
+
+def offloaded_by_layers():
+    unet = with_adapter("unet").unet
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
     return unet
 
 
@@ -300,7 +313,9 @@ def eight_bits():
     ("make", "words"),
     [
         (TinyDenoiser, "has no denoiser with T-LoRA layers"),
-        (offloaded, "layerwise casting put other weights"),
+        (cast_by_layers, "layerwise casting put other weights"),
+        (offloaded_in_groups, "Group offloading and"),
+        (offloaded_by_layers, "offloaded by itself"),
         (hooked, r"weight of base_model\.model\.to_q|weight of to_q"),
         (merged, r"\['default'\] are merged into"),
         (eight_bits, "is quantised"),

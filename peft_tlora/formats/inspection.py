@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -63,7 +64,7 @@ def inspect_file(
     given = {"base": base, "component": component, "hparams": hparams, "config": config}
     adapter, known, warnings = _read(file, name, facts, given)
     if adapter is None:
-        return {**report, **_UNREAD, "warnings": warnings}
+        return {**report, **deepcopy(_UNREAD), "warnings": warnings}
     described = describe(adapter, schedule_known=known)
     damaged = [name for name, layer in described["layers"].items() if not layer["finite"]]
     if damaged:

@@ -86,7 +86,7 @@ def _wrapped(module: ModuleType, name: str, wrap: Wrap) -> list[tuple[Any, Any]]
             if own and fnmatch.fnmatchcase(key, method or first):
                 # not on top of what an earlier import of this package has put there
                 is_ours = getattr(old, _MARK, None) == _mark(wrap)
-                new = wrap(getattr(old, "__wrapped__") if is_ours else old)  # noqa: B009
+                new = wrap(vars(old)["__wrapped__"] if is_ours else old)
                 if new is not old:
                     setattr(new, _MARK, _mark(wrap))
                     setattr(holder, key, new)
