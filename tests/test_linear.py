@@ -21,6 +21,13 @@ from .conftest import perturb
 R, IN, OUT = 4, 6, 5
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["small", "large"])
+def small(request, monkeypatch):
+    """Whether a layer keeps for its backward what a large one makes again."""
+    monkeypatch.setattr(module_of_functions, "_SMALL", IN * OUT if request.param else 0)
+    return request.param
+
+
 def factors_of(ortho, dtype=torch.float64):
     """Differences from a start, and the start; without one, whole factors."""
     torch.manual_seed(0)
@@ -314,8 +321,11 @@ def test_inactive_ranks_are_not_computed_where_the_host_knows_the_timestep(rows,
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_backward_keeps_what_lora_keeps(rows):
-    """Input, parameters and, unless the update was in the weight, the hidden values."""
+def test_a_backward_keeps_what_lora_keeps(small, rows):
+    """Input, parameters and, unless the update was in the weight, the hidden values.
+
+    A small layer also keeps what it would make again: the factors and the updated weight.
+    """
     model, layer = adapted()
     x, kept = torch.randn(2, rows, IN), []
 
@@ -333,7 +343,9 @@ def test_a_backward_keeps_what_lora_keeps(rows):
     more = [storage for storage in kept if storage.data_ptr() not in known]
     assert len(kept) > len(more)
     r = layer.lora_variant["default"].ranks.schedule.active_rank(500)
-    assert [storage.nbytes() for storage in more] == ([2 * rows * r * 4] if rows == 1 else [])
+    expected = [2 * rows * r] if rows == 1 else [OUT * IN] * small
+    expected += [2 * r * IN, OUT * 2 * r] * small
+    assert [storage.nbytes() for storage in more] == [4 * numbers for numbers in expected]
 
 
 class Shapes(TorchDispatchMode):

@@ -1,9 +1,10 @@
 """A linear layer with its masked update: the update alone, to be added, or both at once.
 
 Both have a backward of their own. It keeps the layer's input, the adapter's parameters and the
-input of the trained up-projection, as LoRA does, and makes what follows from them again; autograd
-would keep the fused factors of every layer, which are larger than the parameters, and compute the
-gradients of the frozen factors, too.
+input of the trained up-projection, as LoRA does, and makes what follows from them again, but in
+small layers, where the operators cost more than the memory. Autograd would keep the fused factors
+of every layer, which are larger than the parameters, and compute the gradients of the frozen
+factors, too.
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn.functional import linear, pad
 from ..functional import Factors, add_product
 
 Gate = float | Tensor
+# entries of a weight, 128 KB in float32: a layer keeps no more for its backward
+_SMALL = 2**15
 
 
 def add_update(
@@ -37,7 +40,8 @@ def add_update(
         ranks: How many ranks are computed and gated, None for all.
     """
     if not torch.is_grad_enabled():
-        return _add_update(result, x, factors.leading(ranks), gate, dtype)[0]
+        fused = factors.leading(ranks).to(dtype).fused()
+        return _add_fused(result, x, *fused, gate, dtype)[0]
     return _AddUpdate.apply(result, x, gate, dtype, ranks, *factors)
 
 
@@ -63,7 +67,8 @@ def adapted_linear(
         ranks: How many ranks are computed and gated, None for all.
     """
     if not torch.is_grad_enabled():
-        return _adapted_linear(x, weight, bias, factors.leading(ranks), gate)[0]
+        fused = factors.leading(ranks).fused()
+        return _adapted_linear(x, weight, bias, *fused, gate)[0]
     return _AdaptedLinear.apply(x, weight, bias, gate, ranks, *factors)
 
 
@@ -80,16 +85,19 @@ class _AddUpdate(torch.autograd.Function):
     ) -> Tensor:
         factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
         part = factors.leading(ranks)
-        output, hidden = _add_update(result, x, part, gate, dtype)
+        fused = part.to(dtype).fused()
+        output, hidden = _add_fused(result, x, *fused, gate, dtype)
         ctx.result_dtype, ctx.dtype, ctx.ranks = result.dtype, dtype, ranks
-        _save(ctx, gate, x, _trained(hidden, gate, len(part.dq)), *factors)
+        kept = fused if _is_small(factors) else (None, None)
+        _save(ctx, gate, x, _trained(hidden, gate, len(part.dq)), *kept, *factors)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gate, x, hidden, *saved = _saved(ctx)
+        gate, x, hidden, down, up, *saved = _saved(ctx)
         factors = Factors(*saved)
-        down, up = factors.leading(ctx.ranks).to(ctx.dtype).fused()
+        if down is None or torch.is_grad_enabled():  # a second derivative needs their graph
+            down, up = factors.leading(ctx.ranks).to(ctx.dtype).fused()
         rows, outer = _cast(ctx.dtype, x, gradient)
         if torch.is_grad_enabled():
             hidden = _trained_of(rows, down, gate, hidden)
@@ -112,28 +120,34 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
         part = factors.leading(ranks)
-        output, hidden = _adapted_linear(x, weight, bias, part, gate)
+        fused = part.fused()
+        output, hidden, updated = _adapted_linear(x, weight, bias, *fused, gate)
         if hidden is not None:
             hidden = _trained(hidden, gate, len(part.dq))
         ctx.ranks = ranks
-        _save(ctx, gate, x, weight, hidden, *factors)
+        kept = (updated, *fused) if _is_small(factors) else (None, None, None)
+        _save(ctx, gate, x, weight, hidden, *kept, *factors)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gate, x, weight, hidden, *saved = _saved(ctx)
+        gate, x, weight, hidden, updated, down, up, *saved = _saved(ctx)
         factors = Factors(*saved)
         part = factors.leading(ctx.ranks)
+        if down is None or torch.is_grad_enabled():  # a second derivative needs their graph
+            updated = None
+            down, up = part.fused()
         x_gradient = None
         if hidden is None:
-            q, p, lam = part.whole()
-            own = _leading(gate, len(q))
-            hidden = _gated(linear(x, q if lam is None else lam * q), own)
+            r = len(part.dq)
+            own = _leading(gate, r)
+            hidden = _gated(linear(x, down[:r]), own)
+            p = up if part.p0 is None else up[:, :r] + up[:, r:]
             inner = _gated(gradient @ p, own)  # the sum of both columns of a rank
             if ctx.needs_input_grad[0]:
-                x_gradient = gradient @ _updated(weight, part, gate)
+                updated = _updated(weight, down, up, gate) if updated is None else updated
+                x_gradient = gradient @ updated
         else:
-            down, up = part.fused()
             if torch.is_grad_enabled():
                 hidden = _trained_of(x, down, gate, hidden)
             inner = _gated(gradient @ up, gate)
@@ -143,12 +157,11 @@ class _AdaptedLinear(torch.autograd.Function):
         return x_gradient, None, None, None, None, *gradients
 
 
-def _add_update(
-    result: Tensor, x: Tensor, factors: Factors, gate: Gate, dtype: torch.dtype
+def _add_fused(
+    result: Tensor, x: Tensor, down: Tensor, up: Tensor, gate: Gate, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The result with the update, and the input of the up-projection but for a number's gate."""
     (rows,) = _cast(dtype, x)
-    down, up = factors.to(dtype).fused()
     hidden = linear(rows, down)
     if isinstance(gate, Tensor):
         hidden = hidden * gate
@@ -157,22 +170,29 @@ def _add_update(
 
 
 def _adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, gate: Gate
-) -> tuple[Tensor, Tensor | None]:
-    """The output, and the input of the up-projection but for a number's gate, if it has one."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, gate: Gate
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output, and what it was made of: one of two, None for the other.
+
+    They are the input of the up-projection but for a number's gate, and the updated weight.
+    """
     one_mask = not isinstance(gate, Tensor) or gate.dim() <= 1
     if one_mask and x.shape[:-1].numel() * sum(weight.shape) > weight.numel():
-        return linear(x, _updated(weight, factors, gate), bias), None
-    down, up = factors.fused()
+        updated = _updated(weight, down, up, gate)
+        return linear(x, updated, bias), None, updated
     output, hidden = linear(x, weight, bias), linear(x, down)
     if isinstance(gate, Tensor):
         hidden = hidden * gate
-        return _accumulate(output, hidden, up), hidden
-    return _accumulate(output, hidden, up, gate), hidden
+        return _accumulate(output, hidden, up), hidden, None
+    return _accumulate(output, hidden, up, gate), hidden, None
 
 
-def _updated(weight: Tensor, factors: Factors, gate: Gate) -> Tensor:
-    down, up = factors.fused()
+def _is_small(factors: Factors) -> bool:
+    """Whether a layer's memory matters less than the operators of making it again."""
+    return factors.dq.shape[1] * len(factors.dp) <= _SMALL
+
+
+def _updated(weight: Tensor, down: Tensor, up: Tensor, gate: Gate) -> Tensor:
     if isinstance(gate, Tensor):
         return torch.addmm(weight, up * gate, down)
     return torch.addmm(weight, up, down, alpha=gate)
