@@ -74,28 +74,37 @@ def model_of(name: str, layers: int, r: int, base: torch.dtype, adapter: torch.d
     return model.to(device())
 
 
-def step(model: nn.Module, x: torch.Tensor, timestep: object, backward: bool) -> None:
-    with torch.set_grad_enabled(backward):
+def step(model: nn.Module, x: torch.Tensor, timestep: object, trained: list) -> None:
+    """A forward, and if there are parameters to be trained a backward."""
+    with torch.set_grad_enabled(bool(trained)):
         output = model(x, timestep)
-    if backward:
+    if trained:
         output.sum().backward()
-        for parameter in model.parameters():
+        for parameter in trained:
             parameter.grad = None
 
 
+def trained_of(model: nn.Module, backward: bool) -> list:
+    """The parameters that an optimiser would hold."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and backward]
+
+
 def timed(model: nn.Module, x: torch.Tensor, kind: str, backward: bool, repeats: int) -> Callable:
+    trained = trained_of(model, backward)
+
     def prepare(repeat: int) -> Callable[[], None]:
         timestep = timesteps(kind, (repeat + 0.5) / repeats)
-        return lambda: step(model, x, timestep, backward)
+        return lambda: step(model, x, timestep, trained)
 
     return prepare
 
 
 def operators(model: nn.Module, x: torch.Tensor, kind: str, backward: bool) -> dict[str, int]:
-    step(model, x, timesteps(kind, 0.3), backward)  # what is done but once doesn't count
+    trained = trained_of(model, backward)
+    step(model, x, timesteps(kind, 0.3), trained)  # what is done but once doesn't count
     counted = Operators()
     with counted:
-        step(model, x, timesteps(kind, 0.3), backward)
+        step(model, x, timesteps(kind, 0.3), trained)
     return counted.names
 
 

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 
 class Factors(NamedTuple):
@@ -53,29 +52,53 @@ class Factors(NamedTuple):
             return self
         return Factors(*(None if factor is None else factor.to(dtype) for factor in self))  # pyright: ignore[reportArgumentType]
 
-    def fused(self, groups: int = 1) -> tuple[Tensor, Tensor]:
-        """`P diag(lam m) Q - P0 diag(lam0 m) Q0` as one product, to be gated in between.
+    def update(self, scale: float | Tensor = 1.0, *, trained: bool = False) -> "Update":
+        """`P diag(lam m s) Q - P0 diag(lam0 m s) Q0` as one product, of matrices.
 
-        With `P = P0 + dP` and so on it equals `up diag(m, m) down` with `up = [dP, P0]` and
-        `down = [lam Q; dlam Q0 + lam dQ]`: no two large numbers are subtracted, and as long as the
-        differences are zero, so is one factor of each summand, in every dtype.
+        With `P = P0 + dP` and so on it equals `up down` with `up = [dP, P0]` and
+        `down = m s [lam Q; dlam Q0 + lam dQ]`: no two large numbers are subtracted, and as long as
+        the differences are zero, so is one factor of each summand, in every dtype.
+
+        Args:
+            scale: What all rows of the input have in common, mask times scaling: a number, or a
+                tensor of shape () or (r, 1).
+            trained: Whether a backward needs the rest of `Update`.
+
+        Returns:
+            The update, in the wider of the dtypes of trained and frozen factors. Factors of several
+            layers, stacked in front, give updates stacked in front.
+        """
+        dq, dp, dlam, q0, p0, lam0 = self
+        is_one = isinstance(scale, float) and scale == 1
+        if dlam is None or q0 is None or p0 is None or lam0 is None:
+            return Update(dq if is_one else dq * scale, dp, scale, None)
+        lam, moved, q = lam0 + dlam, dlam, q0 + dq
+        if not is_one:
+            lam, moved = lam * scale, moved * scale
+        down = torch.cat([lam * q, torch.addcmul(moved * q0, lam, dq)], dim=-2)
+        if trained:
+            q = (q if is_one else q * scale).unsqueeze(-1)
+        return Update(down, torch.cat([dp, p0], dim=-1), lam, q if trained else None)
+
+    def fused(self, groups: int = 1, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """`down` and `up` of `update` in the form of the base layer's weight.
 
         Args:
             groups: Groups of the up-projection.
+            scale: As for `update`.
 
         Returns:
-            down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones), in the wider
-            of the dtypes of trained and frozen factors; r in the place of 2r for Vanilla T-LoRA.
+            down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones); r in the
+            place of 2r for Vanilla T-LoRA.
         """
-        dq, dp, dlam, q0, p0, lam0 = self
-        if dlam is None or q0 is None or p0 is None or lam0 is None:
-            return dq, dp
-        if dq.dim() > 2:
-            column = (-1,) + (1,) * (dq.dim() - 1)
-            dlam, lam0 = dlam.reshape(column), lam0.reshape(column)
-        lam = lam0 + dlam
-        moved = torch.addcmul(dlam * q0, lam, dq)
-        return pair(lam * (q0 + dq), moved, groups), torch.cat([dp, p0], dim=1)
+        if self.dq.dim() == 2:
+            return self.update(scale)[:2]
+        flat = [None if factor is None else factor.flatten(1) for factor in self]
+        down, up, *_ = Factors(*flat).update(scale)  # pyright: ignore[reportArgumentType]
+        if self.dlam is not None and groups > 1:
+            down = pair(down[: len(self.dq)], down[len(self.dq) :], groups)
+        ones = (1,) * (self.dp.dim() - 2)
+        return down.unflatten(1, self.dq.shape[1:]), up.reshape(*up.shape, *ones)
 
     def whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Q, P and lambda of the paper, start and difference together."""
@@ -83,6 +106,23 @@ class Factors(NamedTuple):
         if dlam is None or q0 is None or p0 is None or lam0 is None:
             return dq, dp, None
         return q0 + dq, p0 + dp, lam0 + dlam
+
+
+class Update(NamedTuple):
+    """The masked update `up down` of a linear layer, and what its gradients are made with.
+
+    Args:
+        down: Shape (2r, in), or (r, in) for Vanilla T-LoRA.
+        up: Shape (out, 2r), or (out, r).
+        scale: By what the gradient of `lam Q` becomes that of `Q`: `lam m s`, of shape (r, 1), or
+            for Vanilla T-LoRA `m s`.
+        q: `Q m s`, by which it becomes that of `lam`, of shape (r, in, 1); None if it isn't needed.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float | Tensor
+    q: Tensor | None
 
 
 def pair(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
@@ -96,21 +136,6 @@ def pair(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
 def interleave(rows: Tensor) -> Tensor:
     """Bring the second half of the rows between the rows of the first half."""
     return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def add_product(result: Tensor, hidden: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
-    """`result + scale hidden up^T`, in one pass over the result if all have one dtype.
-
-    Args:
-        result: Shape (..., out).
-        hidden: Shape (..., ranks).
-        up: Shape (out, ranks).
-        scale: A factor of the product.
-    """
-    if result.dim() < 2 or not result.dtype == hidden.dtype == up.dtype:
-        return torch.add(result, linear(hidden, up), alpha=scale)
-    rows = result.flatten(0, -2), hidden.flatten(0, -2)
-    return torch.addmm(*rows, up.mT, alpha=scale).view_as(result)
 
 
 def delta_weight(down: Tensor, up: Tensor, gate: Tensor, groups: int = 1) -> Tensor:

@@ -266,7 +266,7 @@ def _fusible(denoiser: nn.Module) -> list[UnquantizedLayer]:
         if not isinstance(layer, TLoraLayer) or id(layer) in inside or groups_of(layer) > 1:
             continue
         base: Any = layer.get_base_layer()
-        weight = plain_weight(base, type(base))
+        weight = plain_weight(base, (type(base),))
         plain = (
             isinstance(layer, UnquantizedLayer)
             and weight is not None

@@ -8,7 +8,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from peft_tlora import TLoraConfig, active_rank, timestep_context
 from peft_tlora.layers import ranks
@@ -278,10 +278,6 @@ def test_the_checkpointing_tests_fail_without_the_replay(kind, monkeypatch):
     expected = gradients(model, backward_inside_another_context)
     model.base_model.model.checkpoint = CHECKPOINTS[kind]
     monkeypatch.setattr(recomputation, "backward_sequence_number", lambda: None)
-    if kind == "non-reentrant":  # which notices that other ranks are active
-        with pytest.raises(CheckpointError):
-            gradients(model, backward_inside_another_context)
-        return
     found = gradients(model, backward_inside_another_context)
     difference = sum((found[n] - expected[n]).norm() for n in expected)
     assert difference > 0.1 * sum(g.norm() for g in expected.values())

@@ -72,7 +72,8 @@ def test_each_process_masks_its_own_shard(monkeypatch):
     state = adapted.base_model.model.to_q.timestep_state
     begin = state.begin_forward
     for part in range(2):
-        monkeypatch.setattr(state, "begin_forward", lambda t, _, part=part: begin(t, (part, 2)))
+        shard = (part, 2)
+        monkeypatch.setattr(state, "begin_forward", lambda t, _, m, s=shard: begin(t, s, m))
         half = adapted(x[:, 2 * part : 2 * part + 2], TIMES)
         torch.testing.assert_close(half, expected[:, 2 * part : 2 * part + 2])
     with pytest.raises(ValueError, match="sees 3 tokens"):

@@ -19,6 +19,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or has_transforms()
 
 
+def is_sharding(module: torch.nn.Module) -> bool:
+    """Whether a module is a wrapper of torch's first FSDP, which gathers weights when called."""
+    return type(module).__module__.startswith("torch.distributed.fsdp.")
+
+
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank has, to be used with one that may be sharded over them."""
     if not isinstance(like, DTensor):
@@ -40,9 +45,14 @@ def next_sequence_number() -> int:
     return torch.autograd._get_sequence_nr()
 
 
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def backward_sequence_number() -> int | None:
     """The number of the autograd node whose backward runs now, None outside of one."""
-    if torch._C._current_graph_task_id() == -1:
+    if not in_backward():
         return None
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
 
 class TensorModule(nn.Module):
     """One tensor of an adapter, as a module so that its name ends in `.weight` as LoRA's do.
@@ -56,23 +58,30 @@ class Scale(TensorModule):
         return x * self.weight.to(x.dtype).reshape(-1, *(1,) * trailing)
 
 
-def plain_weight(module: nn.Module, *classes: type[nn.Module]) -> Tensor | None:
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: a forward of its own, or hooks."""
+    own = module.__dict__
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own  # accelerate and diffusers wrap it
+    )
+
+
+def plain_weight(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Tensor | None:
     """The weight of a module that may be read without calling it; None if somebody watches.
 
-    A forward of its own, hooks, another class or a weight of another kind say that calling it does
-    more: engines that shard or offload, quantisers, users' hooks.
+    Hooks, another class or a weight of another kind say that calling it does more: engines that
+    shard or offload, quantisers, users' hooks.
     """
-    if (
-        type(module) not in classes
-        or "forward" in module.__dict__  # accelerate and diffusers wrap it
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    ):
+    if type(module) not in classes or is_watched(module):
         return None
-    weight: Any = module.weight
-    return weight if type(weight) in (nn.Parameter, Tensor) else None
+    # as module.weight, but without a call in Python
+    weight = module._parameters.get("weight")
+    weight = module._buffers.get("weight") if weight is None else weight
+    return weight if type(weight) in _PLAIN_TENSORS else None
 
 
 def empty_scale(like: Tensor, r: int) -> Tensor:

@@ -11,12 +11,14 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from ..functional import autocast_dtype
 from ..integrations.torch import is_traced
 from ..timestep.state import TimestepLayer
 from ..weights.encoding import Encoded, decode_schedule, encode_schedule
 from ..weights.start import Recipe, Start, rebuild, widened
-from .factors import Projection, Scale, TensorModule, plain_weight
+from .batched import take
+from .factors import Projection, Scale, TensorModule
+from .linear import adapted_linear, add_update
+from .plain import Plain
 from .protocol import groups_of
 from .variant import TLoraVariant
 
@@ -243,37 +245,20 @@ class Linear(UnquantizedLayer, lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
-        if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
-            result = self._forward_at_once(x)
-            if result is not None:
-                return result
-        return super().forward(x, *args, **kwargs)
-
-    def _forward_at_once(self, x: Tensor) -> Tensor | None:
-        """The output, if base layer and update can be computed in one go; None if not."""
-        base: Any = self.base_layer
-        if is_traced() or plain_weight(base, nn.Linear) is None:
-            return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        variant = self.tlora_variant(names[0]) if len(names) == 1 else None
-        if variant is None:
-            return None
-        weight, bias, dropout = base.weight, base.bias, self.lora_dropout[names[0]]
-        fits = (
-            x.shape[-1] == base.in_features  # or the base layer has something to say
-            and x.dtype == weight.dtype
-            and x.dtype in (torch.float32, torch.float64)  # fewer bits would lose the update
-            and autocast_dtype(x) is None
-        )
-        trained = torch.is_grad_enabled() and (
-            weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        if not fits or trained or (dropout.training and not isinstance(dropout, nn.Identity)):
-            return None
-        factors = variant.plain_factors(self, names[0])
-        if factors is None or factors.dq.dtype != x.dtype:
-            return None
-        return variant.forward_of_linear(self, names[0], x, factors)
+        called = args or kwargs or self._disable_adapters or self.merged_adapters or is_traced()
+        if called or x.shape[-1] != self.in_features:  # an error that is the base layer's to raise
+            return super().forward(x, *args, **kwargs)
+        ready = take(self, x)
+        if ready is None:
+            plain = Plain.of(self)
+            if plain is None:
+                return super().forward(x)
+            ready = plain.ready(x)
+        plain, masked = ready.plain, ready.masked
+        if ready.at_once:
+            return adapted_linear(x, plain.weight, plain.bias, masked)
+        result = self.base_layer(x)
+        return add_update(result, x, masked).to(result.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""

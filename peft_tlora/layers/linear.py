@@ -13,266 +13,226 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ..functional import Factors, add_product
+from ..functional import Update
+from .update import Folded, Masked, delta_weight, halves, is_small
 
-Gate = float | Tensor
-# entries of a weight, 128 KB in float32: a layer keeps no more for its backward
-_SMALL = 2**15
+Base = tuple[Tensor, Tensor | None]  # weight and bias
 
 
-def add_update(
-    result: Tensor,
-    x: Tensor,
-    factors: Factors,
-    gate: Gate,
-    dtype: torch.dtype,
-    ranks: int | None = None,
-) -> Tensor:
-    """`result + up diag(gate) down x` with the fused factors of an adapter.
+def add_update(result: Tensor, x: Tensor, masked: Masked) -> Tensor:
+    """`result + up diag(mask) down x`.
 
     Args:
         result: Shape (..., out).
         x: Shape (..., in).
-        factors: Factors without kernel and groups.
-        gate: Mask times scaling: a number, or a tensor that broadcasts to (..., ranks), the two
-            columns of a rank alike.
-        dtype: The dtype of the computation.
-        ranks: How many ranks are computed and gated, None for all.
+        masked: The update.
     """
-    if not torch.is_grad_enabled():
-        fused = factors.leading(ranks).to(dtype).fused()
-        return _add_fused(result, x, *fused, gate, dtype)[0]
-    return _AddUpdate.apply(result, x, gate, dtype, ranks, *factors)
+    if torch.is_grad_enabled():
+        return _MaskedLinear.apply(x, *masked.factors[:3], result, masked, None)
+    return _compute(x, masked, result, None, trained=False)[0]
 
 
-def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Factors,
-    gate: Gate,
-    ranks: int | None = None,
-) -> Tensor:
-    """The output of a frozen linear layer with the update, all of one dtype.
-
-    Added to the output, an update costs rows x (in + out) x ranks operations; added to the weight,
-    which can be done if all samples have one mask, in x out x ranks. The cheaper of both is done.
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, masked: Masked) -> Tensor:
+    """The output of a frozen linear layer of the input's dtype with the update.
 
     Args:
         x: Shape (..., in).
         weight: Frozen weight of shape (out, in).
         bias: Frozen bias of shape (out,).
-        factors: Factors without kernel and groups.
-        gate: Mask times scaling, as for `add_update`.
-        ranks: How many ranks are computed and gated, None for all.
+        masked: The update.
     """
-    if not torch.is_grad_enabled():
-        fused = factors.leading(ranks).fused()
-        return _adapted_linear(x, weight, bias, *fused, gate)[0]
-    return _AdaptedLinear.apply(x, weight, bias, gate, ranks, *factors)
+    if torch.is_grad_enabled():
+        return _MaskedLinear.apply(x, *masked.factors[:3], None, masked, (weight, bias))
+    return _compute(x, masked, None, (weight, bias), trained=False)[0]
 
 
-class _AddUpdate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        result: Tensor,
-        x: Tensor,
-        gate: Gate,
-        dtype: torch.dtype,
-        ranks: int | None,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
-        part = factors.leading(ranks)
-        fused = part.to(dtype).fused()
-        output, hidden = _add_fused(result, x, *fused, gate, dtype)
-        ctx.result_dtype, ctx.dtype, ctx.ranks = result.dtype, dtype, ranks
-        kept = fused if _is_small(factors) else (None, None)
-        _save(ctx, gate, x, _trained(hidden, gate, len(part.dq)), *kept, *factors)
-        return output
+class _MaskedLinear(torch.autograd.Function):
+    """Adds an update to `result`, or computes it with the base layer if there is none."""
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gate, x, hidden, down, up, *saved = _saved(ctx)
-        factors = Factors(*saved)
-        if down is None or torch.is_grad_enabled():  # a second derivative needs their graph
-            down, up = factors.leading(ctx.ranks).to(ctx.dtype).fused()
-        rows, outer = _cast(ctx.dtype, x, gradient)
-        if torch.is_grad_enabled():
-            hidden = _trained_of(rows, down, gate, hidden)
-        inner = _gated(outer @ up, gate)
-        x_gradient = _cast(x.dtype, inner @ down)[0] if ctx.needs_input_grad[1] else None
-        gradients = _factor_gradients(factors, rows, hidden, inner, outer)
-        return _cast(ctx.result_dtype, gradient)[0], x_gradient, None, None, None, *gradients
-
-
-class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gate: Gate,
-        ranks: int | None,
-        *tensors: Tensor | None,
+        dq: Tensor,
+        dp: Tensor,
+        dlam: Tensor | None,
+        result: Tensor | None,
+        masked: Masked,
+        base: Base | None,
     ) -> Tensor:
-        factors = Factors(*tensors)  # pyright: ignore[reportArgumentType]
-        part = factors.leading(ranks)
-        fused = part.fused()
-        output, hidden, updated = _adapted_linear(x, weight, bias, *fused, gate)
-        if hidden is not None:
-            hidden = _trained(hidden, gate, len(part.dq))
-        ctx.ranks = ranks
-        kept = (updated, *fused) if _is_small(factors) else (None, None, None)
-        _save(ctx, gate, x, weight, hidden, *kept, *factors)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        gate, x, weight, hidden, updated, down, up, *saved = _saved(ctx)
-        factors = Factors(*saved)
-        part = factors.leading(ctx.ranks)
-        if down is None or torch.is_grad_enabled():  # a second derivative needs their graph
-            updated = None
-            down, up = part.fused()
-        x_gradient = None
-        if hidden is None:
-            r = len(part.dq)
-            own = _leading(gate, r)
-            hidden = _gated(linear(x, down[:r]), own)
-            p = up if part.p0 is None else up[:, :r] + up[:, r:]
-            inner = _gated(gradient @ p, own)  # the sum of both columns of a rank
-            if ctx.needs_input_grad[0]:
-                updated = _updated(weight, down, up, gate) if updated is None else updated
-                x_gradient = gradient @ updated
+        output, folded, update, hidden = _compute(x, masked, result, base, trained=True)
+        ctx.small = small = is_small(masked.factors)
+        ctx.factors, ctx.mask, ctx.dtype = masked.factors, masked.mask, masked.dtype
+        ctx.base = None if base is None else base[0]
+        ctx.result_dtype = None if result is None else result.dtype
+        ctx.with_base = folded is not None and folded.with_base
+        if hidden is not None and dlam is not None:  # of the trained up-projection alone
+            hidden = hidden[:, : hidden.shape[1] // 2]
+            hidden = hidden if small else hidden.contiguous()
+        if not small:  # what an optimiser may change before the backward, so that torch finds out
+            ctx.save_for_backward(x, hidden, dq, dp, dlam)
+        elif folded is not None:
+            ctx.scale = folded.scale
+            ctx.save_for_backward(x, None, folded.weight, folded.down, folded.up, folded.q)
         else:
-            if torch.is_grad_enabled():
-                hidden = _trained_of(x, down, gate, hidden)
-            inner = _gated(gradient @ up, gate)
-            if ctx.needs_input_grad[0]:
-                x_gradient = _accumulate(gradient @ weight, inner, down.mT)
-        gradients = _factor_gradients(factors, x, hidden, inner, gradient)
-        return x_gradient, None, None, None, None, *gradients
+            down, up, ctx.scale, q = update  # pyright: ignore[reportGeneralTypeIssues]
+            ctx.save_for_backward(x, hidden, None, down, up, q)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        dtype, base = ctx.dtype, ctx.base
+        needs_x, *_, needs_result, _, _ = ctx.needs_input_grad
+        result_gradient = _cast(gradient, ctx.result_dtype) if needs_result else None
+        if torch.is_grad_enabled():  # for a second derivative
+            return *_differentiable(ctx, gradient), result_gradient, None, None
+        x, hidden, *kept = ctx.saved_tensors
+        folded = hidden is None
+        gate, weight = ctx.mask.rows, None
+        if ctx.small:
+            weight, down, up, q = kept
+            scale = ctx.scale
+        else:
+            update = Masked(ctx.factors, ctx.mask, dtype).made(trained=True)
+            down, up, scale, q = update
+            if folded:
+                down, up = halves(update)
+                weight = delta_weight(update, ctx.mask.gate, base) if needs_x else None
+        rows = _cast(x, dtype).reshape(-1, x.shape[-1])
+        plain = gradient.reshape(-1, gradient.shape[-1])
+        outer = _cast(plain, dtype)
+        inner = torch.mm(outer, up)
+        if folded:
+            hidden = torch.mm(rows, down.mT)
+            if gate is not None:
+                hidden, inner = hidden * ctx.mask.half, inner * ctx.mask.half
+            factors: Any = outer, weight
+        else:
+            inner = inner if gate is None else inner * gate
+            factors = inner, down
+        x_gradient = None
+        if needs_x:
+            if base is None or ctx.with_base:
+                x_gradient = _cast(_product(*factors), x.dtype)
+            else:
+                x_gradient = _accumulate(torch.mm(plain, base), *factors)
+            x_gradient = x_gradient.view(x.shape)
+        if not folded and q is not None:  # of both columns of a rank
+            r = q.shape[0]
+            inner = inner[:, :r] + inner[:, r:]
+        gradients = _factor_gradients(ctx, scale, q, rows, hidden, inner, outer)
+        return x_gradient, *gradients, result_gradient, None, None
 
 
-def _add_fused(
-    result: Tensor, x: Tensor, down: Tensor, up: Tensor, gate: Gate, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The result with the update, and the input of the up-projection but for a number's gate."""
-    (rows,) = _cast(dtype, x)
-    hidden = linear(rows, down)
-    if isinstance(gate, Tensor):
-        hidden = hidden * gate
-        return add_product(result, hidden, up), hidden
-    return add_product(result, hidden, up, gate), hidden
+def _compute(
+    x: Tensor, masked: Masked, result: Tensor | None, base: Any, *, trained: bool
+) -> tuple[Tensor, Folded | None, Update | None, Tensor | None]:
+    """The output, and what it was made with: one weight, or the factors and the hidden values."""
+    folded, update, hidden = masked.folded, masked.update, None
+    if folded is None and update is None:
+        update, weight = masked.made(trained=trained), None if base is None else base[0]
+        if masked.folds(x, weight):
+            folded = masked.fold(update, weight)
+    if folded is not None and folded.with_base:
+        return _linear(x, folded.weight, base[1]), folded, update, None
+    shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    if folded is not None:
+        factors = _cast(rows, masked.dtype), folded.weight.mT
+    else:
+        hidden = torch.mm(_cast(rows, masked.dtype), update.down.mT)  # pyright: ignore[reportOptionalMemberAccess]
+        hidden = hidden if masked.mask.rows is None else hidden * masked.mask.rows
+        factors = hidden, update.up.mT  # pyright: ignore[reportOptionalMemberAccess]
+    if result is None:
+        output = _accumulate(linear(rows, *base), *factors)
+    else:
+        output = result.reshape(-1, result.shape[-1])
+        if output.dtype == masked.dtype and factors[1].dim() == 2:
+            output = torch.addmm(output, *factors)
+        else:
+            output = output + _product(*factors)
+    return output.view(*shape, output.shape[1]), folded, update, hidden
 
 
-def _adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, gate: Gate
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output, and what it was made of: one of two, None for the other.
-
-    They are the input of the up-projection but for a number's gate, and the updated weight.
-    """
-    one_mask = not isinstance(gate, Tensor) or gate.dim() <= 1
-    if one_mask and x.shape[:-1].numel() * sum(weight.shape) > weight.numel():
-        updated = _updated(weight, down, up, gate)
-        return linear(x, updated, bias), None, updated
-    output, hidden = linear(x, weight, bias), linear(x, down)
-    if isinstance(gate, Tensor):
-        hidden = hidden * gate
-        return _accumulate(output, hidden, up), hidden, None
-    return _accumulate(output, hidden, up, gate), hidden, None
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose weight is (out, in), or (batch, out, in) for an input (batch, n, in)."""
+    if weight.dim() == 2:
+        return linear(x, weight, bias)
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
 
 
-def _is_small(factors: Factors) -> bool:
-    """Whether a layer's memory matters less than the operators of making it again."""
-    return factors.dq.shape[1] * len(factors.dp) <= _SMALL
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """A matrix (rows, k) times one of (k, n), or times several (batch, k, n) part by part."""
+    if weight.dim() == 2:
+        return torch.mm(rows, weight)
+    return torch.bmm(rows.view(weight.shape[0], -1, weight.shape[1]), weight).flatten(0, 1)
 
 
-def _updated(weight: Tensor, down: Tensor, up: Tensor, gate: Gate) -> Tensor:
-    if isinstance(gate, Tensor):
-        return torch.addmm(weight, up * gate, down)
-    return torch.addmm(weight, up, down, alpha=gate)
+def _accumulate(result: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """Add `_product` in place to a matrix that nobody else has."""
+    if result.dtype == rows.dtype and weight.dim() == 2:
+        return result.addmm_(rows, weight)
+    return result.add_(_product(rows, weight))
 
 
-def _accumulate(result: Tensor, hidden: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
-    """`add_product` to a tensor that nobody else has: in place, unless there must be a graph."""
-    if torch.is_grad_enabled() or not result.is_contiguous():
-        return add_product(result, hidden, up, scale)
-    rows = result.shape[:-1].numel()
-    hidden = hidden.reshape(rows, hidden.shape[-1])
-    result.view(rows, result.shape[-1]).addmm_(hidden, up.mT, alpha=scale)
-    return result
-
-
-def _trained(hidden: Tensor, gate: Gate, r: int) -> Tensor:
-    """The gated input of the trained up-projection, which has half of the columns or all."""
-    trained = hidden[..., :r]
-    return trained.contiguous() if isinstance(gate, Tensor) else _gated(trained, gate).contiguous()
-
-
-def _trained_of(x: Tensor, down: Tensor, gate: Gate, like: Tensor) -> Tensor:
-    """What `_trained` kept, with the graph that a second derivative needs."""
-    r = like.shape[-1]
-    return _gated(linear(x, down[:r]), _leading(gate, r))
+def _differentiable(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the input and the trained factors, with a graph of their own."""
+    x, mask = ctx.saved_tensors[0], ctx.mask
+    update = Masked(ctx.factors, mask, ctx.dtype).made(trained=False)
+    hidden = linear(x.to(ctx.dtype), update.down)
+    output = linear(hidden if mask.gate is None else hidden * mask.gate, update.up)
+    output = output.to(gradient.dtype)
+    if ctx.base is not None:
+        output = output + linear(x, ctx.base)
+    inputs = (x, *ctx.factors[:3])
+    wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[i]]
+    found = torch.autograd.grad(output, [inputs[i] for i in wanted], gradient, create_graph=True)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, value in zip(wanted, found, strict=True):
+        gradients[i] = value
+    return tuple(gradients)
 
 
 def _factor_gradients(
-    factors: Factors, x: Tensor, hidden: Tensor, inner: Tensor, outer: Tensor
+    ctx: Any,
+    scale: float | Tensor,
+    q: Tensor | None,
+    x: Tensor,
+    hidden: Tensor,
+    inner: Tensor,
+    outer: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the factors, None for the frozen ones.
+    """Gradients of the trained factors.
 
     Args:
-        factors: The factors.
-        x: Input of shape (..., in).
-        hidden: Gated input of the trained up-projection, of shape (..., computed ranks).
-        inner: Gradient of the output of the trained down-projection, shaped like `hidden`, or of
-            both columns of a rank, whose sum it is.
-        outer: Gradient of the output of the layer, of shape (..., out).
+        ctx: The context of the autograd function.
+        scale: As in `Update`.
+        q: As in `Update`.
+        x: Input of shape (rows, in).
+        hidden: Gated input of the trained up-projection, of shape (rows, computed ranks).
+        inner: Sum of the gradients of the gated outputs of both columns of a rank, shaped like
+            `hidden`.
+        outer: Gradient of the output of the layer, of shape (rows, out).
     """
-    dq, dp, dlam, q0, _, lam0 = factors
-    rows, computed = x.shape[:-1].numel(), hidden.shape[-1]
-    if inner.shape[-1] > computed:
-        inner = inner[..., :computed] + inner[..., computed:]
-    hidden, inner = hidden.reshape(rows, computed), inner.reshape(rows, computed)
-    # the product of this shape is faster than its transpose
-    (p_gradient,) = _cast(dp.dtype, (hidden.mT @ outer.reshape(rows, len(dp))).mT)
-    q_gradient = inner.mT @ x.reshape(rows, dq.shape[1])  # of diag(lam) Q yet
+    dq, dp, dlam, *_ = ctx.factors
+    if ctx.small:
+        p_gradient = torch.mm(outer.mT, hidden)
+    else:  # the product of this shape is faster than its transpose
+        p_gradient = torch.mm(hidden.mT, outer).mT
+    q_gradient = torch.mm(inner.mT, x)  # of diag(lam m s) Q yet
     lam_gradient = None
-    if dlam is not None and q0 is not None and lam0 is not None:
-        lam_gradient = (q_gradient * (q0[:computed] + dq[:computed])).sum(1, keepdim=True)
-        q_gradient = (lam0[:computed] + dlam[:computed]) * q_gradient
-        (lam_gradient,) = _cast(dlam.dtype, lam_gradient)
-    (q_gradient,) = _cast(dq.dtype, q_gradient)
-    rest = len(dq) - computed
+    if dlam is not None and q is not None:
+        lam_gradient = torch.bmm(q_gradient.unsqueeze(1), q).squeeze(2)
+        lam_gradient = _cast(lam_gradient, dlam.dtype)
+    if isinstance(scale, Tensor) or scale != 1:
+        q_gradient = q_gradient * scale
+    p_gradient, q_gradient = _cast(p_gradient, dp.dtype), _cast(q_gradient, dq.dtype)
+    rest = dq.shape[0] - hidden.shape[1]
     if rest > 0:  # the gradient of a rank that wasn't computed is zero
         q_gradient, p_gradient = pad(q_gradient, (0, 0, 0, rest)), pad(p_gradient, (0, rest))
         lam_gradient = None if lam_gradient is None else pad(lam_gradient, (0, 0, 0, rest))
-    return q_gradient, p_gradient, lam_gradient, None, None, None
+    return q_gradient, p_gradient, lam_gradient
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """Tensors in a dtype; most are in it, and asking is cheaper than `to`."""
-    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
-
-
-def _gated(hidden: Tensor, gate: Gate) -> Tensor:
-    return hidden if isinstance(gate, float) and gate == 1 else hidden * gate
-
-
-def _leading(gate: Gate, r: int) -> Gate:
-    """The gate of the trained half of the columns."""
-    return gate[..., :r] if isinstance(gate, Tensor) and gate.dim() else gate
-
-
-def _save(ctx: Any, gate: Gate, *tensors: Tensor | None) -> None:
-    ctx.number = None if isinstance(gate, Tensor) else gate
-    ctx.save_for_backward(gate if isinstance(gate, Tensor) else None, *tensors)
-
-
-def _saved(ctx: Any) -> tuple:
-    gate, *tensors = ctx.saved_tensors
-    return gate if ctx.number is None else ctx.number, *tensors
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype; most are in it, and asking is cheaper than `to`."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

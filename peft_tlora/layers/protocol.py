@@ -18,6 +18,7 @@ class Layer(Protocol):
     scaling: dict[str, float]
     use_rslora: dict[str, bool]
     base_layer: Any
+    cast_input_dtype_enabled: bool
     lora_dropout: Any
     lora_A: Any
     lora_B: Any

@@ -9,8 +9,8 @@ from ..functional import align_ranks, pair
 from ..schedule import RankSchedule, rank_mask
 from ..timestep.captured import CapturedTimestep
 from ..timestep.denoisers import Layout
-from .linear import Gate
 from .protocol import Layer, groups_of
+from .update import Mask
 
 
 class Rows(NamedTuple):
@@ -90,13 +90,13 @@ class ActiveRanks:
             mask = rank_mask(rank, r, like.device).to(like.dtype)
         return pair(mask, mask, groups_of(module)) if adapter in module.lora_lambda else mask
 
-    def gate(
-        self, module: Layer, adapter: str, rows: "Rows", r: int, *, twice: bool
-    ) -> tuple[Gate, int | None]:
+    def mask_of_rows(
+        self, module: Layer, adapter: str, rows: "Rows", r: int, *, twice: bool, small: bool
+    ) -> Mask:
         """Mask times scaling for the fused factors of a layer without groups, in this forward.
 
         Where the timestep lies on the host, only the ranks that any sample needs are computed. If
-        all need the same, there is nothing to mask and the gate is the scaling.
+        all need the same, there is nothing to mask and what is left is the scaling.
 
         Args:
             module: The layer.
@@ -104,23 +104,41 @@ class ActiveRanks:
             rows: The layer's input.
             r: The adapter's rank in this layer.
             twice: Whether the factors have two columns a rank.
-
-        Returns:
-            A number or a tensor that broadcasts to the output of the down-projection, and the
-            number of ranks to compute, None for all.
+            small: Whether it is cheaper to mask ranks than to leave them out.
         """
         timestep, rank = self._current(module)
+        scaling = module.scaling[adapter]
         if timestep is None:
-            return module.scaling[adapter], None
+            return Mask(scaling)
         largest = timestep.largest_rank(self.schedule)
         if largest is not None and timestep.is_uniform():
-            return module.scaling[adapter], largest
-        r = r if largest is None else largest
-        return self._gate(timestep, rank, module.scaling[adapter], rows, r, twice), largest
+            if largest >= r or not small:
+                return Mask(scaling, ranks=largest)
+            rank = largest
+        ranks = None if small else largest
+        x, computed = rows.like, r if ranks is None else ranks
+
+        def make() -> Mask:
+            if not isinstance(rank, Tensor) or rank.numel() == 1:
+                mask = rank_mask(r if rank is None else rank, r, x.device).to(rows.dtype)
+                return Mask((mask * scaling).reshape(r, 1))
+            gate = self._gate(timestep, rank, scaling, rows, computed, twice)
+            if rows.channel < x.dim() - 1:  # of a convolution
+                return Mask(gate=gate, ranks=ranks)
+            columns = gate.shape[-1]
+            full = gate.expand(*x.shape[:-1], columns).reshape(-1, columns)
+            half = full[:, : columns // 2].contiguous() if twice else full
+            return Mask(gate=gate, ranks=ranks, rows=full, half=half)
+
+        if isinstance(scaling, Tensor):  # of prepare_model_for_compiled_hotswap: its value changes
+            return make()
+        shape = (x.dim(), *x.shape[: rows.channel], rows.dtype, x.device)
+        key = (self.schedule, scaling, r, ranks, twice, self.layout, rows.channel, *shape)
+        return timestep.shared(key, make)
 
     def gate_of_called(
         self, module: Layer, adapter: str, rows: "Rows", r: int, samples: list[int] | None = None
-    ) -> Gate:
+    ) -> float | Tensor:
         """Mask times scaling of r ranks that were all computed.
 
         Args:

@@ -1,5 +1,7 @@
 """What a T-LoRA adapter computes in one layer: forward and merge, from one pair of factors."""
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.utils.other import transpose
@@ -11,21 +13,21 @@ from ..integrations.torch import is_traced, replicated
 from ..schedule import RankSchedule
 from ..timestep.denoisers import Layout
 from .factors import Projection, Scale, plain_weight
-from .linear import Gate, adapted_linear, add_update
+from .linear import add_update
 from .protocol import Layer, groups_of
 from .ranks import ActiveRanks, Rows
+from .update import Mask, Masked, is_small
 
-# the containers of a layer in the order of Factors
-_FACTORS = (
-    "lora_A",
-    "lora_B",
-    "lora_lambda",
-    "lora_A_init",
-    "lora_B_init",
-    "lora_lambda_init",
-)
 _PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CLASSES = (_PROJECTIONS, _PROJECTIONS, (Scale,), (Projection,), (Projection,), (Scale,))
+# the containers of a layer in the order of Factors, and the classes of their modules
+_FACTORS = (
+    ("lora_A", _PROJECTIONS),
+    ("lora_B", _PROJECTIONS),
+    ("lora_lambda", (Scale,)),
+    ("lora_A_init", (Projection,)),
+    ("lora_B_init", (Projection,)),
+    ("lora_lambda_init", (Scale,)),
+)
 
 
 class TLoraVariant(LoraVariant):
@@ -66,45 +68,64 @@ class TLoraVariant(LoraVariant):
         """
         x = module.lora_dropout[active_adapter](x)
         factors = None if samples is not None else self.plain_factors(module, active_adapter)
-        dtype = _compute_dtype(module, active_adapter, x, called=factors is None)
+        dtype = self.compute_dtype(module, active_adapter, x, called=factors is None)
         if factors is None:
             return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
-        gate, ranks = self._gate(module, active_adapter, x, dtype, factors)
+        mask = self.mask(module, active_adapter, x, dtype, factors)
         if factors.dq.dim() == 2:
-            return add_update(result, x, factors, gate, dtype, ranks)
-        if ranks == 0:  # no convolution has no channel
+            return add_update(result, x, Masked(factors, mask, dtype))
+        if mask.ranks == 0:  # no convolution has no channel
             return result + self._update(module, active_adapter, x.to(dtype))
-        down, up = factors.leading(ranks).to(dtype).fused()
-        hidden = module.lora_A[active_adapter]._conv_forward(x.to(dtype), down, None) * gate
+        down, up = factors.leading(mask.ranks).to(dtype).fused(scale=mask.scale)
+        hidden = module.lora_A[active_adapter]._conv_forward(x.to(dtype), down, None)
+        hidden = hidden if mask.gate is None else hidden * mask.gate
         return result + module.lora_B[active_adapter]._conv_forward(hidden, up, None)
 
-    def forward_of_linear(self, module: Layer, adapter: str, x: Tensor, factors: Factors) -> Tensor:
-        """The output of a plain linear layer with this adapter, whose dtypes are the input's."""
-        base = module.base_layer
-        gate, ranks = self._gate(module, adapter, x, x.dtype, factors)
-        return adapted_linear(x, base.weight, base.bias, factors, gate, ranks)
+    @staticmethod
+    def compute_dtype(
+        module: Layer, adapter: str, x: Tensor, *, called: bool = False
+    ) -> torch.dtype:
+        """The dtype in which an update is computed.
+
+        As in PEFT it is autocast's or else that of the adapter; but where the modules aren't
+        called, accelerators compute a float32 adapter's update of a bfloat16 input in bfloat16, as
+        autocast would: a float32 copy of the input would cost more than the update.
+        """
+        autocast = autocast_dtype(x)
+        if autocast is not None:
+            return x.dtype if called else autocast
+        weight = module.lora_A[adapter].weight.dtype
+        on_accelerator = x.device.type != "cpu" and weight == torch.float32
+        if on_accelerator and x.dtype == torch.bfloat16 and not called:
+            return x.dtype
+        return weight if module.cast_input_dtype_enabled else x.dtype
 
     def plain_factors(self, module: Layer, adapter: str) -> Factors | None:
         """The factors of a layer without groups, if they may be read; None to call the modules."""
         if is_traced():
             return None
-        names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
+        modules: Any = module._modules  # pyright: ignore[reportAttributeAccessIssue]
         weights = []
-        for name, classes in zip(names, _CLASSES, strict=False):
-            weight = plain_weight(getattr(module, name)[adapter], *classes)
+        names = _FACTORS if adapter in modules["lora_lambda"]._modules else _FACTORS[:2]
+        for name, classes in names:
+            weight = plain_weight(modules[name]._modules[adapter], classes)
             if weight is None:
                 return None
             weights.append(weight)
-        if weights[0].dim() > 2 and groups_of(module) > 1:
+        factors = Factors(*weights)
+        if factors.dq.dim() > 2 and groups_of(module) > 1:
             return None
-        return self._unpadded(module, adapter, Factors(*weights))
+        return self._unpadded(module, adapter, factors)
 
-    def _gate(
+    def mask(
         self, module: Layer, adapter: str, x: Tensor, dtype: torch.dtype, factors: Factors
-    ) -> tuple[Gate, int | None]:
+    ) -> Mask:
+        """The mask of the fused factors, of a dtype, for an input of a layer without groups."""
         channel = x.dim() + 1 - factors.dq.dim()
         r, twice = len(factors.dq), factors.dlam is not None
-        return self.ranks.gate(module, adapter, Rows(x, channel, dtype), r, twice=twice)
+        small = factors.dq.dim() == 2 and is_small(factors)
+        rows = Rows(x, channel, dtype)
+        return self.ranks.mask_of_rows(module, adapter, rows, r, twice=twice, small=small)
 
     def _update(
         self,
@@ -195,13 +216,13 @@ class TLoraVariant(LoraVariant):
 
     def factors(self, module: Layer, adapter: str) -> Factors:
         """The factors of an adapter."""
-        names = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
-        weights = [getattr(module, name)[adapter].weight for name in names]
+        parts = _FACTORS if adapter in module.lora_lambda else _FACTORS[:2]
+        weights = [getattr(module, name)[adapter].weight for name, _ in parts]
         return self._unpadded(module, adapter, Factors(*weights))
 
     def _unpadded(self, module: Layer, adapter: str, factors: Factors) -> Factors:
         """The factors without the zeros that PEFT has added for a hotswap."""
-        r, padded = module.r[adapter], len(factors.dq)
+        r, padded = module.r[adapter], factors.dq.shape[0]
         if padded <= r:
             return factors
         if groups_of(module) > 1:
@@ -221,20 +242,3 @@ def _trailing(module: Layer) -> int:
 def _pad(hidden: Tensor, padded: int, trailing: int) -> Tensor:
     """Add zeros to the ranks of (..., r, *trailing)."""
     return pad(hidden, (0, 0) * trailing + (0, padded)) if padded else hidden
-
-
-def _compute_dtype(module: Layer, adapter: str, x: Tensor, *, called: bool) -> torch.dtype:
-    """The dtype in which an update is computed.
-
-    As in PEFT it is autocast's or else that of the adapter; but where the modules aren't called,
-    accelerators compute a float32 adapter's update of a bfloat16 input in bfloat16, as autocast
-    would: a float32 copy of the input would cost more than the update.
-    """
-    autocast = autocast_dtype(x)
-    if autocast is not None:
-        return x.dtype if called else autocast
-    weight = module.lora_A[adapter].weight.dtype
-    on_accelerator = x.device.type != "cpu" and weight == torch.float32
-    if on_accelerator and x.dtype == torch.bfloat16 and not called:
-        return x.dtype
-    return weight if getattr(module, "cast_input_dtype_enabled", True) else x.dtype

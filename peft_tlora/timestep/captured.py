@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..integrations.torch import is_traced
 from ..schedule import RankSchedule
+
+Value = TypeVar("Value")
 
 
 class Unit(NamedTuple):
@@ -66,7 +68,7 @@ class CapturedTimestep:
         self.checked = False
         self._active: dict[RankSchedule, int | Tensor] = {}
         self._largest: dict[RankSchedule, int | None] = {}
-        self._shared: dict[Hashable, Tensor] = {}
+        self._shared: dict[Hashable, Any] = {}
         self._uniform: bool | None = None
 
     @property
@@ -104,7 +106,7 @@ class CapturedTimestep:
             self._largest[schedule] = rank
         return self._largest[schedule]
 
-    def shared(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def shared(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What `make` returns, made once for each key in this forward."""
         if is_traced():
             return make()

@@ -81,7 +81,7 @@ class TimestepHook:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Let the layers know the timestep of the forward that starts."""
-        self.state.begin_forward(self.read(args, kwargs), token_shard(module))
+        self.state.begin_forward(self.read(args, kwargs), token_shard(module), module)
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Let them forget it."""
@@ -104,6 +104,7 @@ def _hook(module: nn.Module, denoiser: Denoiser, unit_is_given: bool) -> Timeste
             disconnect(inner)
         module.__dict__[_HOOK] = TimestepHook(module, denoiser)
     state = module.__dict__[_HOOK].state
+    state.layers = None
     if not unit_is_given and not is_known(module):
         state.assumption = (
             f"peft_tlora doesn't know {type(module).__name__}. It takes its argument "

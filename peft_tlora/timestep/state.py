@@ -4,7 +4,6 @@ One `TimestepState` serves one denoiser. Its value is set by the denoiser's forw
 `timestep_context`, lasts for that forward only and belongs to the thread that runs it.
 """
 
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,42 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..integrations.torch import is_traced
+from ..integrations.torch import in_backward, is_traced
 from ..schedule import RankSchedule, check_positive
 from .captured import CapturedTimestep, Unit
+from .frames import Frame, RunningForward, Thread
 from .range import TimestepRange
-from .recomputation import Forward, ForwardLog
-
-
-class _Frame:
-    """What a forward or a context has set, and what it goes back to when it ends."""
-
-    __slots__ = ("forward", "outer", "timestep")
-
-    def __init__(
-        self,
-        timestep: CapturedTimestep | None,
-        forward: Forward[CapturedTimestep] | None,
-        outer: "_Frame | None",
-    ) -> None:
-        self.timestep = timestep
-        self.forward = forward
-        self.outer = outer
-
-
-class _Running:
-    """The innermost forward and the innermost context of a thread."""
-
-    def __init__(self) -> None:
-        self.forward: _Frame | None = None
-        self.context: _Frame | None = None
-
-
-class _Thread(threading.local):
-    """Each thread's own `_Running`: torch.compile follows the attributes of a plain object only."""
-
-    def __init__(self) -> None:
-        self.running = _Running()
+from .recomputation import ForwardLog
 
 
 class TimestepState:
@@ -63,6 +32,7 @@ class TimestepState:
     Attributes:
         assumption: What was assumed of the timesteps, to be said when the first one is used.
         was_set: Whether a layer has ever had a timestep.
+        layers: The denoiser's layers, as who needs them has listed them; None after a change.
     """
 
     def __init__(
@@ -79,9 +49,10 @@ class TimestepState:
         self.takes_timestep = takes_timestep
         self.assumption: str | None = None
         self.was_set = False
+        self.layers: list[Any] | None = None
         self._range = TimestepRange(denoiser_name)
         self._log: ForwardLog[CapturedTimestep] = ForwardLog(denoiser_name)
-        self._thread = _Thread()
+        self._thread = Thread()
         self._contexts = 0
         self._warned: set[str] = set()
 
@@ -118,13 +89,26 @@ class TimestepState:
             captured.is_log_sigma = self._range.looks_like_log_sigma(captured.value)
         return captured
 
-    def begin_forward(self, timestep: object, shard: tuple[int, int] | None = None) -> None:
+    def begin_forward(
+        self,
+        timestep: object,
+        shard: tuple[int, int] | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
         """Take the timestep of a denoiser's forward that starts now; None if it has none."""
         running = self._thread.running
         captured = None if timestep is None else self.capture(timestep, shard=shard)
         context = running.context
         forward = self._log.open(captured if context is None else context.timestep)
-        running.forward = _Frame(captured, forward, running.forward)
+        running.forward = RunningForward(self, module, captured, forward, running)
+
+    def running_forward(self) -> RunningForward | None:
+        """The forward that runs now; None in a recomputation, or in a context of a part of it."""
+        running = self._thread.running
+        forward = running.forward
+        if forward is None or running.context is not forward.context or in_backward():
+            return None
+        return forward
 
     def end_forward(self) -> None:
         """Go back to the forward around the one that has ended, with or without an exception."""
@@ -138,7 +122,7 @@ class TimestepState:
     def explicit(self, timestep: CapturedTimestep) -> Iterator[None]:
         """Set a timestep that wins over the captured one, for this thread."""
         running = self._thread.running
-        frame = running.context = _Frame(timestep, self._log.open(timestep), running.context)
+        frame = running.context = Frame(timestep, self._log.open(timestep), running.context)
         self._contexts += 1
         try:
             yield

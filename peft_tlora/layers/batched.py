@@ -1,0 +1,147 @@
+"""Masks and fuses the factors of many layers at once: what is left to a layer depends on its input.
+
+Where layers are small, or an accelerator waits for its host, the operators that make a layer's
+factors cost more than those that use them. So the first T-LoRA layer of a denoiser's forward makes
+those of all that are alike, some megabytes at a time. They are held by the running forward and let
+go as they are used: the next one makes them anew from the parameters, whatever has changed them.
+"""
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from ..functional import Factors, Update, autocast_dtype
+from ..integrations.torch import is_sharding
+from ..timestep.state import RunningForward, TimestepLayer
+from .factors import is_watched
+from .plain import Plain, Ready
+from .update import Folded, Masked, is_small
+
+_CHUNK = 2**24  # bytes of factors that are made at a time
+_NOTHING = (None, None)
+
+
+def take(layer: Any, x: Tensor) -> Ready | None:
+    """What was made ahead for a layer in the running forward; None if it must see to itself."""
+    state = layer.timestep_state
+    forward = None if state is None else state.running_forward()
+    if forward is None:
+        return None
+    trained, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    key = (x.dtype, x.device, autocast_dtype(x), trained, inference)
+    waiting = forward.ahead.get(key)
+    if waiting is None:
+        waiting = forward.ahead[key] = _waiting(forward, x)
+    active, ready = waiting.pop(layer, _NOTHING)
+    if type(ready) is list:
+        chunk = [plain for plain in ready if plain.layer is layer or plain.layer in waiting]
+        waiting.update(_make(chunk, x, trained))
+        active, ready = waiting.pop(layer)
+    if ready is None or active is not layer._active_adapter:
+        return None
+    if x.shape == ready.shape:
+        return ready
+    plain, masked = ready.plain, ready.masked
+    at_once = plain.goes_at_once(x)
+    mask = masked.mask if masked.mask.gate is None else plain.mask(x, masked.dtype)
+    masked = masked._replace(mask=mask, folded=None)
+    weight = plain.weight if at_once else None
+    if masked.update is not None and masked.folds(x, weight):  # as a recomputation will do it
+        masked = masked._replace(folded=masked.fold(masked.update, weight))
+    return Ready(plain, x.shape, at_once, masked)
+
+
+def _waiting(forward: RunningForward, x: Tensor) -> dict[nn.Module, Any]:
+    """The layers whose update can be made ahead, each with the ones that it is made with."""
+    alike: dict[Hashable, list[Plain]] = {}
+    for layer in _unwatched_layers(forward):
+        plain = None if layer._disable_adapters or layer.merged_adapters else Plain.of(layer)
+        if plain is not None:
+            alike.setdefault(plain.kind(), []).append(plain)
+    waiting = {}
+    for plains in alike.values():
+        if not _pays(plains[0], x):
+            continue
+        size = max(1, _CHUNK // sum(f.nbytes for f in plains[0].factors if f is not None))
+        for i in range(0, len(plains), size):
+            chunk = plains[i : i + size]
+            waiting.update((plain.layer, (None, chunk)) for plain in chunk)
+    return waiting
+
+
+def _make(
+    chunk: list[Plain], x: Tensor, trained: bool
+) -> Iterator[tuple[nn.Module, tuple[object, Ready]]]:
+    """The updates of layers that are alike."""
+    first = chunk[0]
+    dtype, at_once = first.dtype(x), first.goes_at_once(x)
+    mask = first.mask(x, dtype)
+    alone = Masked(first.factors, mask, dtype)
+    with torch.no_grad():
+        each = zip(*(plain.factors.leading(mask.ranks) for plain in chunk), strict=True)
+        stacked = (None if tensors[0] is None else torch.stack(tensors) for tensors in each)
+        update = Factors(*stacked).to(dtype).update(mask.scale, trained=trained)  # pyright: ignore[reportArgumentType]
+        if is_small(first.factors) and alone.folds(x, first.weight if at_once else None):
+            weight = torch.stack([plain.weight for plain in chunk]) if at_once else None
+            folded = alone.fold(update, weight)
+            parts = folded if trained else (*folded[:2], *(None,) * 4)
+            made = [(None, Folded(*parts)) for parts in _unstacked(parts, len(chunk))]
+        else:
+            made = [(Update(*parts), None) for parts in _unstacked(update, len(chunk))]
+    for plain, (update, folded) in zip(chunk, made, strict=True):
+        masked = Masked(plain.factors, mask, dtype, update, folded)
+        layer = plain.layer
+        yield layer, (layer._active_adapter, Ready(plain, x.shape, at_once, masked))
+
+
+def _unstacked(parts: tuple, count: int) -> Iterator[tuple]:
+    """What each of the layers has of their tensors, stacked or shared by all."""
+    stacks = (isinstance(part, Tensor) and part.dim() > 2 for part in parts)
+    columns = (
+        part.unbind() if stack else (part,) * count
+        for part, stack in zip(parts, stacks, strict=True)
+    )
+    return zip(*columns, strict=True)
+
+
+def _pays(plain: Plain, x: Tensor) -> bool:
+    """Whether the updates of such layers are made ahead."""
+    tensors = (plain.weight, *(factor for factor in plain.factors if factor is not None))
+    return (is_small(plain.factors) or x.device.type != "cpu") and all(
+        tensor.device == x.device for tensor in tensors
+    )
+
+
+def _unwatched_layers(forward: RunningForward) -> Iterator[Any]:
+    """The T-LoRA layers of a denoiser but for those below a module that somebody watches.
+
+    Weights may come there, or change, when the module is called.
+    """
+    module, state = forward.module, forward.state
+    if module is None or getattr(module, "_is_replica", False):  # of nn.DataParallel
+        return
+    if state.layers is None:
+        state.layers = list(_layers_below(module, ()))
+    watched: dict[nn.Module, bool] = {}
+    for above, layer in state.layers:
+        for part in above:
+            if part not in watched:
+                watched[part] = is_watched(part) or is_sharding(part)
+        if not any(watched[part] for part in above):
+            yield layer
+
+
+def _layers_below(
+    module: nn.Module, above: tuple[nn.Module, ...]
+) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module]]:
+    """The T-LoRA layers that can be plain, each behind the modules on the way to it and itself."""
+    for child in module.children():
+        path = (*above, child)
+        if isinstance(child, TimestepLayer):
+            if isinstance(child, lora.Linear):
+                yield path, child
+        else:
+            yield from _layers_below(child, path)

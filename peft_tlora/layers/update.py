@@ -1,0 +1,137 @@
+"""The masked update of a linear layer, as it is computed: in two products, or as one weight."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import Factors, Update
+
+# entries of a weight, 128 KB in float32
+_SMALL = 2**15
+
+
+class Mask(NamedTuple):
+    """Mask times scaling of an adapter's update in one forward.
+
+    Args:
+        scale: What all rows have in common: a number, or a tensor of shape () or (r, 1).
+        gate: What each row has of its own: broadcasts to (..., ranks), the two columns of a rank
+            alike. None if nothing.
+        ranks: How many ranks are computed and gated, None for all.
+        rows: The gate of a linear layer with all leading dimensions of its input, (rows, ranks).
+        half: Its first half, of one column a rank, (rows, r).
+    """
+
+    scale: float | Tensor = 1.0
+    gate: Tensor | None = None
+    ranks: int | None = None
+    rows: Tensor | None = None
+    half: Tensor | None = None
+
+
+class Folded(NamedTuple):
+    """An update as one weight, and what its gradients are made with.
+
+    Args:
+        with_base: Whether the base layer's weight is in it.
+        weight: Shape (out, in), or (batch, out, in) if each sample has a gate.
+        down: What gives the input of the trained up-projection, (r, in).
+        up: Both halves of the up-projection as one, (out, r).
+        scale: As in `Update`.
+        q: As in `Update`.
+    """
+
+    with_base: bool
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    scale: float | Tensor
+    q: Tensor | None
+
+
+class Masked(NamedTuple):
+    """What a layer's update is computed from.
+
+    Args:
+        factors: Factors of matrices.
+        mask: Their mask.
+        dtype: The dtype of the computation.
+        update: The factors fused and masked but for the gate, if that was done ahead.
+        folded: The update as one weight, if that was done ahead.
+    """
+
+    factors: Factors
+    mask: Mask
+    dtype: torch.dtype
+    update: Update | None = None
+    folded: Folded | None = None
+
+    def made(self, *, trained: bool) -> Update:
+        """The factors fused and masked but for the gate."""
+        if self.update is not None:
+            return self.update
+        factors = self.factors.leading(self.mask.ranks).to(self.dtype)
+        return factors.update(self.mask.scale, trained=trained)
+
+    def folds(self, x: Tensor, weight: Tensor | None) -> bool:
+        """Whether it is cheaper to multiply an input by one weight than by two factors.
+
+        With factors, an update costs rows x (in + out) x ranks operations; as a weight that is
+        added to the base layer's it costs in x out x ranks for each mask. In 16 bits the sum would
+        lose the update; by itself the weight pays but in small layers.
+        """
+        gate, shape = self.mask.gate, x.shape
+        if not is_small(self.factors) and (weight is None or not self._takes(weight)):
+            return False
+        rows = shape[:-1].numel()
+        if gate is not None:
+            if len(shape) != 3 or gate.shape[:-1] != (shape[0], 1):
+                return False
+            rows = shape[1]
+        out_features, in_features = self.factors.dp.shape[0], shape[-1]
+        return rows * (out_features + in_features) >= out_features * in_features
+
+    def _takes(self, weight: Tensor) -> bool:
+        """Whether a weight can be added to, as no bits are lost."""
+        return weight.dtype == self.dtype and weight.dtype in (torch.float32, torch.float64)
+
+    def fold(self, update: Update, weight: Tensor | None) -> Folded:
+        """The update as one weight: in front of all, those of several layers may be stacked.
+
+        Args:
+            update: What `made` returns.
+            weight: The base layer's weight of shape (out, in), if there is one.
+        """
+        with_base = weight is not None and self._takes(weight)
+        delta = delta_weight(update, self.mask.gate, weight if with_base else None)
+        return Folded(with_base, delta, *halves(update), update.scale, update.q)
+
+
+def is_small(factors: Factors) -> bool:
+    """Whether a layer's memory matters less than the number of its operators."""
+    return factors.dp.shape[0] * factors.dq.shape[1] <= _SMALL
+
+
+def delta_weight(update: Update, gate: Tensor | None, weight: Tensor | None) -> Tensor:
+    """The weight of an update, added to another one if there is one.
+
+    Of shape (..., out, in), or (..., batch, out, in) if each sample has a gate.
+    """
+    down, up = update.down, update.up
+    if gate is None:
+        if weight is None:
+            return torch.matmul(up, down)
+        return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, up, down)
+    up = up.unsqueeze(-3) * gate
+    product = torch.matmul(up.flatten(-3, -2), down).view(*up.shape[:-1], down.shape[-1])
+    return product if weight is None else product.add_(weight.unsqueeze(-3))
+
+
+def halves(update: Update) -> tuple[Tensor, Tensor]:
+    """What gives the input of the trained up-projection, and the sum of both up-projections."""
+    down, up, _, q = update
+    if q is None:
+        return down, up
+    r = q.shape[-3]
+    return down[..., :r, :], up[..., :r] + up[..., r:]
