@@ -1,15 +1,18 @@
 """What an adapter costs a linear layer: forward, and forward with backward, of all peers in turn.
 
     python benchmarks/layer.py [--dtype float32] [--repeats 9] [--shapes 0 1 2 3] [--ranks 4 16 64]
+        [--timesteps each one]
 
 Shapes are those of attention in SDXL (self-attention at two depths, keys and values of the text)
 and FLUX; number 4, not among the default ones, is the embedded base's, where Python takes the time.
-Each time has the base layer in it. The timesteps are spread over the schedule, known on the host
-and one for the batch; what is made once a forward for all layers isn't timed. Adapters are in
-float32, as PEFT has them, whatever the dtype of the base.
+Each time has the base layer in it. A batch is two pictures with a timestep each ("each"), as
+trainers have it, or one picture ("one"). The timesteps are spread over the schedule and known on
+the host; what is made once a forward for all layers isn't timed. Adapters are in float32, as PEFT
+has them, whatever the dtype of the base.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 
@@ -18,6 +21,7 @@ from measure import device, interleaved, ratio, report
 from peers import PEERS, Adapted
 from torch import nn
 
+TIMESTEPS = ["each", "one"]
 SHAPES = [(4096, 640, 640), (1024, 1280, 1280), (77, 2048, 1280), (4608, 3072, 3072), (256, 96, 96)]
 
 
@@ -28,10 +32,13 @@ def prepared(adapted: Adapted, x: torch.Tensor, backward: bool, repeats: int) ->
     def prepare(repeat: int) -> Callable[[], None]:
         if context:
             context.pop().__exit__(None, None, None)
-        context.append(adapted.at(1000 * (repeat + 0.5) / repeats))
+        timestep = 1000 * (repeat + 0.5) / repeats
+        if len(x) == 2:
+            timestep = torch.tensor([timestep, 1000 - timestep])
+        context.append(adapted.at(timestep))
         context[0].__enter__()
         with torch.no_grad():
-            adapted.model(x[:, :1])  # makes what the layers of a model share
+            adapted.model(x)  # makes what the layers of a model share
         for parameter in (x, *adapted.parameters):
             parameter.grad = None
 
@@ -47,11 +54,17 @@ def prepared(adapted: Adapted, x: torch.Tensor, backward: bool, repeats: int) ->
 
 
 def measure(
-    shape: tuple[int, int, int], r: int, dtype: torch.dtype, backward: bool, repeats: int
+    shape: tuple[int, int, int],
+    r: int,
+    dtype: torch.dtype,
+    backward: bool,
+    repeats: int,
+    timesteps: str,
 ) -> dict[str, list[float]]:
     tokens, inputs, outputs = shape
     torch.manual_seed(0)
-    x = torch.randn(1, tokens, inputs, device=device(), dtype=dtype, requires_grad=backward)
+    batch = 2 if timesteps == "each" else 1
+    x = torch.randn(batch, tokens, inputs, device=device(), dtype=dtype, requires_grad=backward)
     weight = nn.Linear(inputs, outputs).to(device(), dtype).weight.data
     models = {}
     for peer in PEERS:
@@ -70,14 +83,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--shapes", type=int, nargs="+", default=range(4))
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--timesteps", nargs="+", default=TIMESTEPS, choices=TIMESTEPS)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     rows, means = [], {}
-    for backward in (False, True):
-        step = "forward + backward" if backward else "forward"
+    for timesteps, backward in itertools.product(arguments.timesteps, (False, True)):
+        step = ("forward + backward" if backward else "forward") + f", timesteps: {timesteps}"
         for shape in (SHAPES[i] for i in arguments.shapes):
             for r in arguments.ranks:
-                times = measure(shape, r, dtype, backward, arguments.repeats)
+                times = measure(shape, r, dtype, backward, arguments.repeats, timesteps)
                 cells = []
                 for peer in PEERS:
                     median, text = ratio(times, peer, "LoRA")
@@ -86,7 +100,7 @@ def main() -> None:
                     cells[-1] += "" if peer == "LoRA" else f", {text}"
                 rows.append([step, "{}x{}->{}".format(*shape), r, *cells])
                 print(rows[-1], flush=True)
-    for step in ("forward", "forward + backward"):
+    for step in dict.fromkeys(step for step, _ in means):
         cells = [f"{math.prod(v) ** (1 / len(v)):.3f}" for v in (means[step, p] for p in PEERS)]
         rows.append([step, "geometric mean", "", *cells])
     report(

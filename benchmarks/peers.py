@@ -84,8 +84,8 @@ class Adapted:
             self.masked.append(adapted)
 
     @contextmanager
-    def at(self, timestep: float) -> Iterator[None]:
-        """The mask of a timestep on the host, for models that have none of their own."""
+    def at(self, timestep: float | Tensor) -> Iterator[None]:
+        """The mask of timesteps on the host, for models that have none of their own."""
         if self.peer == "T-LoRA":
             with timestep_context(self.model, timestep):
                 yield
@@ -93,13 +93,14 @@ class Adapted:
         self.set_mask(timestep)
         yield
 
-    def set_mask(self, timestep: float) -> None:
+    def set_mask(self, timestep: float | Tensor) -> None:
         """What the users of the other masked peers do in their loop."""
-        mask = torch.arange(self.r) < active_rank(timestep, self.r, 0.5)
+        active = torch.as_tensor(active_rank(timestep, self.r, 0.5))
+        mask = torch.arange(self.r) < active[..., None]
         for module in self.masked:
             if self.peer == "naive":
-                module.mask = mask.to(self.parameters[0])
+                module.mask = (mask[:, None] if mask.dim() == 2 else mask).to(self.parameters[0])
         if self.peer == "LyCORIS":
             from lycoris.modules.tlora import set_timestep_mask  # pyright: ignore[reportMissingImports]
 
-            set_timestep_mask(mask.to(self.parameters[0])[None])
+            set_timestep_mask(mask.to(self.parameters[0]).reshape(-1, self.r))

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from .hosts.diffusers import (
     weights_of_file,
 )
 from .layers.dispatch import become_tlora_layer
-from .layers.initialization import add_tlora
+from .layers.initialization import add_tlora, begins_at_zero, fill_with_zeros
 from .layers.layer import TLoraLayer
 from .timestep.denoisers import Denoiser, find_denoiser
 from .timestep.hooks import connect, disconnect
@@ -171,10 +172,15 @@ class TLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
-        )
+        zeros = begins_at_zero(lora_config, target)
+        # PEFT would draw values, which take longer than all else
+        with torch.device("meta") if zeros else nullcontext():
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+            )
         layer: Any = getattr(parent, target_name)
+        if zeros:
+            fill_with_zeros(layer, adapter_name)
         if isinstance(layer.get_base_layer(), _custom(lora_config)):
             return
         tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())

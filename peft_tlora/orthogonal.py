@@ -62,7 +62,7 @@ def random_triplets(
     rng = _generator(seed, name)
     left = _haar_frame(out_features, k, rng)
     right = _haar_frame(in_features, k, rng)
-    return _with_surplus(_rounded(right.mT), _rounded(left), _rounded(values), r, rng)
+    return _with_surplus(_rounded(right), _rounded(left).mT, _rounded(values), r, rng)
 
 
 def weight_triplets(weight: Tensor, r: int, choice: OrthoInit, *, seed: int, name: str) -> Triplets:
@@ -114,18 +114,19 @@ def _chi(generator: np.random.SFC64, degrees: np.ndarray) -> np.ndarray:
     return np.sqrt(2 * gammaincinv(degrees / 2, uniform))
 
 
-def _haar_frame(rows: int, columns: int, rng: np.random.SFC64) -> Tensor:
-    """The Q of a Gaussian matrix whose R has a positive diagonal: any other has another law.
+def _haar_frame(size: int, count: int, rng: np.random.SFC64) -> Tensor:
+    """So many orthonormal rows of a size: the Q^T of a Gaussian matrix.
 
-    By torch, as the threads of numpy's and of torch's libraries get into each other's way.
+    Its R has a positive diagonal, as any other Q has another law. By torch, as the threads of
+    numpy's and of torch's libraries get into each other's way.
     """
-    gaussian = _gaussian(rng, rows, columns)
-    if 2 * columns > rows:  # may be badly conditioned
-        q, r = torch.linalg.qr(gaussian)
-        return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
-    lower = torch.linalg.cholesky(gaussian.mT @ gaussian)
-    identity = torch.eye(columns, dtype=gaussian.dtype, device=gaussian.device)
-    return gaussian @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
+    gaussian = _gaussian(rng, count, size)
+    if 2 * count > size:  # may be badly conditioned
+        q, r = torch.linalg.qr(gaussian.mT)
+        return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
+    lower = torch.linalg.cholesky(gaussian @ gaussian.mT)  # R^T
+    identity = torch.eye(count, dtype=gaussian.dtype, device=gaussian.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False) @ gaussian
 
 
 def _singular_values(rows: int, columns: int, r: int, choice: OrthoInit, seed: int) -> Tensor:

@@ -17,7 +17,29 @@ from .layer import TLoraLayer
 from .protocol import groups_of
 from .variant import TLoraVariant
 
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def begins_at_zero(config: TLoraConfig, target: nn.Module) -> bool:
+    """Whether the trained projections of a layer's new adapter are zero, whatever PEFT draws."""
+    base = target.get_base_layer() if isinstance(target, TLoraLayer) else target
+    return (
+        config.ortho_init is not None
+        and config.init_lora_weights is not False
+        and type(base) in _PLAIN
+        and type(base.weight) is nn.Parameter
+    )
+
+
+def fill_with_zeros(layer: Any, adapter: str) -> None:
+    """Give projections that were made on the meta device their values, where PEFT puts them."""
+    for projection in (layer.lora_A[adapter], layer.lora_B[adapter]):
+        for name, parameter in projection._parameters.items():
+            if parameter is not None:
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                projection._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+    layer._move_adapter_to_device_of_base_layer(adapter)
 
 
 def add_tlora(

@@ -125,16 +125,17 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def _compute(
-    x: Tensor, masked: Masked, result: Tensor | None, base: Any, *, trained: bool
+    x: Tensor, masked: Masked, result: Tensor | None, base: Base | None, *, trained: bool
 ) -> tuple[Tensor, Folded | None, Update | None, Tensor | None]:
     """The output, and what it was made with: one weight, or the factors and the hidden values."""
     folded, update, hidden = masked.folded, masked.update, None
+    weight, bias = (None, None) if base is None else base
     if folded is None and update is None:
-        update, weight = masked.made(trained=trained), None if base is None else base[0]
+        update = masked.made(trained=trained)
         if masked.folds(x, weight):
             folded = masked.fold(update, weight)
     if folded is not None and folded.with_base:
-        return _linear(x, folded.weight, base[1]), folded, update, None
+        return _linear(x, folded.weight, bias), folded, update, None
     shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
     if folded is not None:
         factors = _cast(rows, masked.dtype), folded.weight.mT
@@ -143,7 +144,7 @@ def _compute(
         hidden = hidden if masked.mask.rows is None else hidden * masked.mask.rows
         factors = hidden, update.up.mT  # pyright: ignore[reportOptionalMemberAccess]
     if result is None:
-        output = _accumulate(linear(rows, *base), *factors)
+        output = _accumulate(linear(rows, weight, bias), *factors)  # pyright: ignore[reportArgumentType]
     else:
         output = result.reshape(-1, result.shape[-1])
         if output.dtype == masked.dtype and factors[1].dim() == 2:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,13 +105,11 @@ def fingerprint(start: Start) -> tuple[int, ...]:
 
     Entries rather than a checksum, as another LAPACK may round the last digit otherwise.
     """
-    q0, p0, lam0 = (factor.detach().flatten() for factor in start)
-    numbers: list[float] = []
-    for factor, size in ((q0, start.q0[0].numel()), (p0, len(start.p0))):
-        numbers += (_picked(factor) * size**0.5 * _LEVELS).tolist()
+    q0, p0, lam0 = (factor.detach().flatten().numpy() for factor in start)
     largest = max(float(lam0[0]), 1e-30)
-    numbers += (_picked(lam0) / largest * 32).tolist()
-    return tuple(max(-64, min(63, round(number))) for number in numbers)
+    sizes = (start.q0[0].numel() ** 0.5, len(start.p0) ** 0.5, 4 / largest)
+    scaled = [_picked(f) * (_LEVELS * size) for f, size in zip((q0, p0, lam0), sizes, strict=True)]
+    return tuple(np.concatenate(scaled).round().clip(-64, 63).astype(int).tolist())
 
 
 def new_start(
@@ -122,8 +121,8 @@ def new_start(
     return start, Recipe(choice, seed, key, dq.shape[1], fingerprint(start))
 
 
-def _picked(entries: Tensor) -> Tensor:
-    return entries[[(len(entries) - 1) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]]
+def _picked(entries: np.ndarray) -> np.ndarray:
+    return entries[np.arange(_SAMPLES) * (len(entries) - 1) // (_SAMPLES - 1)].astype(np.float64)
 
 
 def rebuild(recipe: Recipe, dq: Tensor, dp: Tensor, groups: int, layer: str) -> Start:
