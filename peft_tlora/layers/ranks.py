@@ -10,7 +10,9 @@ from ..schedule import RankSchedule, rank_mask
 from ..timestep.captured import CapturedTimestep
 from ..timestep.denoisers import Layout
 from .protocol import Layer, groups_of
-from .update import Mask
+from .update import Mask, Prefixes
+
+_MULTIPLE = 16  # of ranks that are computed
 
 
 class Rows(NamedTuple):
@@ -115,6 +117,8 @@ class ActiveRanks:
             if largest >= r or not small:
                 return Mask(scaling, ranks=largest)
             rank = largest
+        if largest is not None and not small:  # libraries multiply odd numbers slower
+            largest = min(r, -(-largest // _MULTIPLE) * _MULTIPLE)
         ranks = None if small else largest
         x, computed = rows.like, r if ranks is None else ranks
 
@@ -128,7 +132,8 @@ class ActiveRanks:
             columns = gate.shape[-1]
             full = gate.expand(*x.shape[:-1], columns).reshape(-1, columns)
             half = full[:, : columns // 2].contiguous() if twice else full
-            return Mask(gate=gate, ranks=ranks, rows=full, half=half)
+            prefixes = self._prefixes(timestep, rank, rows, scaling)
+            return Mask(gate=gate, ranks=ranks, rows=full, half=half, prefixes=prefixes)
 
         if isinstance(scaling, Tensor):  # of prepare_model_for_compiled_hotswap: its value changes
             return make()
@@ -192,6 +197,21 @@ class ActiveRanks:
             return None, None
         state.watch(timestep, self.schedule)
         return timestep, timestep.active_rank(self.schedule)
+
+    def _prefixes(
+        self,
+        timestep: CapturedTimestep,
+        rank: int | Tensor | None,
+        rows: "Rows",
+        scaling: float | Tensor,
+    ) -> Prefixes | None:
+        """The ranks of each sample of a linear layer's input, if the host knows them."""
+        aligned = self._align(timestep, rank, rows, None)
+        if not isinstance(aligned, Tensor) or aligned.dim() != 1 or rows.like.dim() != 3:
+            return None
+        if aligned.device.type != "cpu" or isinstance(scaling, Tensor):
+            return None
+        return Prefixes(tuple(aligned.tolist()), float(scaling))
 
     def _align(
         self,

@@ -11,6 +11,18 @@ from ..functional import Factors, Update
 _SMALL = 2**15
 
 
+class Prefixes(NamedTuple):
+    """A mask that differs between samples, as numbers.
+
+    Args:
+        ranks: How many ranks each sample has.
+        scaling: LoRA's scaling.
+    """
+
+    ranks: tuple[int, ...]
+    scaling: float
+
+
 class Mask(NamedTuple):
     """Mask times scaling of an adapter's update in one forward.
 
@@ -21,6 +33,7 @@ class Mask(NamedTuple):
         ranks: How many ranks are computed and gated, None for all.
         rows: The gate of a linear layer with all leading dimensions of its input, (rows, ranks).
         half: Its first half, of one column a rank, (rows, r).
+        prefixes: The gate as numbers, where the host knows it.
     """
 
     scale: float | Tensor = 1.0
@@ -28,6 +41,7 @@ class Mask(NamedTuple):
     ranks: int | None = None
     rows: Tensor | None = None
     half: Tensor | None = None
+    prefixes: Prefixes | None = None
 
 
 class Folded(NamedTuple):
@@ -104,7 +118,7 @@ class Masked(NamedTuple):
             weight: The base layer's weight of shape (out, in), if there is one.
         """
         with_base = weight is not None and self._takes(weight)
-        delta = delta_weight(update, self.mask.gate, weight if with_base else None)
+        delta = delta_weight(update, self.mask, weight if with_base else None)
         return Folded(with_base, delta, *halves(update), update.scale, update.q)
 
 
@@ -113,12 +127,14 @@ def is_small(factors: Factors) -> bool:
     return factors.dp.shape[0] * factors.dq.shape[1] <= _SMALL
 
 
-def delta_weight(update: Update, gate: Tensor | None, weight: Tensor | None) -> Tensor:
+def delta_weight(update: Update, mask: Mask, weight: Tensor | None) -> Tensor:
     """The weight of an update, added to another one if there is one.
 
     Of shape (..., out, in), or (..., batch, out, in) if each sample has a gate.
     """
-    down, up = update.down, update.up
+    down, up, gate = update.down, update.up, mask.gate
+    if mask.prefixes is not None and weight is not None and weight.dim() == 2:
+        return _nested(weight, update, mask)
     if gate is None:
         if weight is None:
             return torch.matmul(up, down)
@@ -126,6 +142,27 @@ def delta_weight(update: Update, gate: Tensor | None, weight: Tensor | None) -> 
     up = up.unsqueeze(-3) * gate
     product = torch.matmul(up.flatten(-3, -2), down).view(*up.shape[:-1], down.shape[-1])
     return product if weight is None else product.add_(weight.unsqueeze(-3))
+
+
+def _nested(weight: Tensor, update: Update, mask: Mask) -> Tensor:
+    """A weight with the update for each sample: that of one with fewer ranks, and what is more.
+
+    All together they cost what the sample with the most ranks does.
+    """
+    ranks, scaling = mask.prefixes  # pyright: ignore[reportGeneralTypeIssues]
+    columns, block = update.down.shape[0], mask.half.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+    weights = weight.new_empty(len(ranks), *weight.shape)
+    done, before = 0, weight
+    for sample in sorted(range(len(ranks)), key=ranks.__getitem__):
+        rank, own = ranks[sample], weights[sample]
+        if rank == done:
+            own.copy_(before)
+        for start in range(0, columns if rank > done else 0, block):
+            part = slice(start + done, start + rank)
+            torch.addmm(before, update.up[:, part], update.down[part], alpha=scaling, out=own)
+            before = own
+        done, before = rank, own
+    return weights
 
 
 def halves(update: Update) -> tuple[Tensor, Tensor]:
