@@ -3,7 +3,7 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 
-.PHONY: demo evidence evidence-full test lint docs dist clean
+.PHONY: demo evidence evidence-full gpu-report test lint docs dist clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python examples/demo.py --output "$(OUTPUT)" $(if $(IMAGE),--image "$(IMAGE)") $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -14,6 +14,10 @@ evidence: $(VENV)/evidence.done
 
 evidence-full: $(VENV)/evidence.done
 	PYTHONPATH=examples:benchmarks $(BIN)/python -m evidence run --plan full --output evidence-output/full
+
+# what adapters cost on a GPU, in under 20 minutes; TINY=--tiny proves on a CPU that it runs
+gpu-report: $(VENV)/dev.done
+	PYTHONPATH=examples:benchmarks $(BIN)/python -W ignore benchmarks/gpu_report.py $(TINY)
 
 test: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile

@@ -11,8 +11,9 @@ from .functional import Factors, interleave
 from .integrations.diffusers import moves_weights
 from .layers.attention import MultiheadAttention
 from .layers.factors import plain_weight
-from .layers.layer import TLoraLayer, UnquantizedLayer
+from .layers.layer import TLoraLayer
 from .layers.protocol import groups_of
+from .layers.unquantized import UnquantizedLayer
 from .schedule import RankSchedule
 from .timestep.captured import CapturedTimestep
 from .timestep.hooks import TimestepHook, hooks_of

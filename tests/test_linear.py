@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from peft_tlora import TLoraConfig, timestep_context
 from peft_tlora.functional import Factors
-from peft_tlora.layers import layer as module_of_layers
+from peft_tlora.layers import unquantized as module_of_layers
 from peft_tlora.layers import update as module_of_updates
 from peft_tlora.layers.linear import adapted_linear, add_update
 from peft_tlora.layers.update import Mask, Masked

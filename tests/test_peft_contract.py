@@ -19,7 +19,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.layers.layer import Linear
+from peft_tlora.layers.unquantized import Linear
 from peft_tlora.weights.state_dict import config_from_state_dict
 
 from .conftest import TinyDenoiser, perturb, tiny_unet

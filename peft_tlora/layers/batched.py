@@ -7,10 +7,11 @@ go as they are used: the next one makes them anew from the parameters, whatever 
 """
 
 from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners import lora
+from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from ..functional import Factors, Update, autocast_dtype
@@ -18,10 +19,12 @@ from ..integrations.torch import is_sharding
 from ..timestep.state import RunningForward, TimestepLayer
 from .factors import is_watched
 from .plain import Plain, Ready
-from .update import Folded, Masked, is_small
+from .update import Folded, Mask, Masked, is_small
 
 _CHUNK = 2**24  # bytes of factors that are made at a time
+_FEW = 2**18  # bytes of one layer's factors, for which a CPU needn't be kept waiting
 _NOTHING = (None, None)
+_UP = [Factors._fields.index(name) for name in ("dp", "p0")]  # whose ranks are columns
 
 
 def take(layer: Any, x: Tensor) -> Ready | None:
@@ -45,13 +48,9 @@ def take(layer: Any, x: Tensor) -> Ready | None:
     if x.shape == ready.shape:
         return ready
     plain, masked = ready.plain, ready.masked
-    at_once = plain.goes_at_once(x)
     mask = masked.mask if masked.mask.gate is None else plain.mask(x, masked.dtype)
     masked = masked._replace(mask=mask, folded=None)
-    weight = plain.weight if at_once else None
-    if masked.update is not None and masked.folds(x, weight):  # as a recomputation will do it
-        masked = masked._replace(folded=masked.fold(masked.update, weight))
-    return Ready(plain, x.shape, at_once, masked)
+    return Ready(plain, x.shape, plain.goes_at_once(x), masked)
 
 
 def _waiting(forward: RunningForward, x: Tensor) -> dict[nn.Module, Any]:
@@ -59,7 +58,7 @@ def _waiting(forward: RunningForward, x: Tensor) -> dict[nn.Module, Any]:
     alike: dict[Hashable, list[Plain]] = {}
     for layer in _unwatched_layers(forward):
         plain = None if layer._disable_adapters or layer.merged_adapters else Plain.of(layer)
-        if plain is not None:
+        if plain is not None and not (plain.trailing and torch.is_grad_enabled()):
             alike.setdefault(plain.kind(), []).append(plain)
     waiting = {}
     for plains in alike.values():
@@ -79,22 +78,46 @@ def _make(
     first = chunk[0]
     dtype, at_once = first.dtype(x), first.goes_at_once(x)
     mask = first.mask(x, dtype)
-    alone = Masked(first.factors, mask, dtype)
+    alone, small = Masked(first.factors, mask, dtype), is_small(first.factors)
+    updates = _Updates([plain.factors for plain in chunk], mask, dtype)
     with torch.no_grad():
-        each = zip(*(plain.factors.leading(mask.ranks) for plain in chunk), strict=True)
-        stacked = (None if tensors[0] is None else torch.stack(tensors) for tensors in each)
-        update = Factors(*stacked).to(dtype).update(mask.scale, trained=trained)  # pyright: ignore[reportArgumentType]
-        if is_small(first.factors) and alone.folds(x, first.weight if at_once else None):
+        update = updates.stacked(trained=trained)
+        if small and alone.folds(first.rows(x), first.weight if at_once else None):
             weight = torch.stack([plain.weight for plain in chunk]) if at_once else None
             folded = alone.fold(update, weight)
             parts = folded if trained else (*folded[:2], *(None,) * 4)
             made = [(None, Folded(*parts)) for parts in _unstacked(parts, len(chunk))]
         else:
             made = [(Update(*parts), None) for parts in _unstacked(update, len(chunk))]
-    for plain, (update, folded) in zip(chunk, made, strict=True):
-        masked = Masked(plain.factors, mask, dtype, update, folded)
-        layer = plain.layer
-        yield layer, (layer._active_adapter, Ready(plain, x.shape, at_once, masked))
+    for i, (plain, (update, folded)) in enumerate(zip(chunk, made, strict=True)):
+        again = partial(updates.again, i) if trained and not small else None
+        masked = Masked(plain.factors, mask, dtype, update, folded, again)
+        yield plain.layer, (plain.layer._active_adapter, Ready(plain, x.shape, at_once, masked))
+
+
+class _Updates:
+    """The updates of layers that are alike, made together for a forward and for its backward."""
+
+    def __init__(self, factors: list[Factors], mask: Mask, dtype: torch.dtype) -> None:
+        self.factors, self.mask, self.dtype = factors, mask, dtype
+        self.waiting: dict[int, Update] = {}
+
+    def stacked(self, *, trained: bool) -> Update:
+        """All of them, stacked in front."""
+        ranks, stacks = self.mask.ranks, []
+        for part, tensors in enumerate(zip(*self.factors, strict=True)):
+            stack = None if tensors[0] is None else torch.stack(tensors)
+            if stack is not None and ranks is not None:  # the leading ones
+                stack = stack[..., :ranks] if part in _UP else stack[:, :ranks]
+            stacks.append(stack)
+        return Factors(*stacks).to(self.dtype).update(self.mask.scale, trained=trained)
+
+    def again(self, index: int) -> Update:
+        """One of them in a backward, whose first layer makes them for all."""
+        if index not in self.waiting:
+            parts = _unstacked(self.stacked(trained=True), len(self.factors))
+            self.waiting = {i: Update(*own) for i, own in enumerate(parts)}
+        return self.waiting.pop(index)
 
 
 def _unstacked(parts: tuple, count: int) -> Iterator[tuple]:
@@ -109,9 +132,10 @@ def _unstacked(parts: tuple, count: int) -> Iterator[tuple]:
 
 def _pays(plain: Plain, x: Tensor) -> bool:
     """Whether the updates of such layers are made ahead."""
-    tensors = (plain.weight, *(factor for factor in plain.factors if factor is not None))
-    return (is_small(plain.factors) or x.device.type != "cpu") and all(
-        tensor.device == x.device for tensor in tensors
+    tensors = [factor for factor in plain.factors if factor is not None]
+    few = is_small(plain.factors) or sum(t.nbytes for t in tensors) <= _FEW
+    return (few or x.device.type != "cpu") and all(
+        t.device == x.device for t in (plain.weight, *tensors)
     )
 
 
@@ -141,7 +165,7 @@ def _layers_below(
     for child in module.children():
         path = (*above, child)
         if isinstance(child, TimestepLayer):
-            if isinstance(child, lora.Linear):
+            if isinstance(child, lora.Linear | lora.Conv1d | lora.Conv2d | lora.Conv3d):
                 yield path, child
         else:
             yield from _layers_below(child, path)

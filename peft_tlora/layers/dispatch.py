@@ -6,8 +6,9 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from .attention import MultiheadAttention
-from .layer import FROZEN, Conv1d, Conv2d, Conv3d, Linear, TLoraLayer
+from .layer import FROZEN, TLoraLayer
 from .quantized import quantized_class
+from .unquantized import Conv1d, Conv2d, Conv3d, Linear
 
 _LAYER_CLASSES: dict[type, type[TLoraLayer]] = {
     lora.Linear: Linear,

@@ -11,14 +11,10 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from ..integrations.torch import is_traced
 from ..timestep.state import TimestepLayer
 from ..weights.encoding import Encoded, decode_schedule, encode_schedule
 from ..weights.start import Recipe, Start, rebuild, widened
-from .batched import take
 from .factors import Projection, Scale, TensorModule
-from .linear import adapted_linear, add_update
-from .plain import Plain
 from .protocol import groups_of
 from .variant import TLoraVariant
 
@@ -211,71 +207,3 @@ class TLoraLayer(TimestepLayer, lora.LoraLayer):
             tensors = {part: state_dict[key] for part, key in keys.items() if key in state_dict}
             self.follow(adapter, tensors)
             state_dict |= {keys[part]: tensors[part] for part in START if part in tensors}
-
-
-class UnquantizedLayer(TLoraLayer):
-    """T-LoRA on a layer whose weight PEFT takes for a plain tensor."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
-        if self.merged_adapters and not self._disable_adapters and not args and not kwargs:
-            return self.base_layer(x)  # pyright: ignore[reportCallIssue]
-        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters, all active ones if no names are given, into the base weight.
-
-        Raises:
-            ValueError: If the weight is quantised after all, as by quanto or GGUF: PEFT would
-                change a temporary copy of it, and the adapter would silently be lost.
-        """
-        weight: Any = self.get_base_layer().weight
-        cls = type(weight.data)
-        if cls.__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
-            raise ValueError(
-                f"Adapters can't be merged into a {type(self.get_base_layer()).__name__} whose "
-                f"weight is a {cls.__module__}.{cls.__name__} of {weight.dtype}: leave them "
-                "unmerged, or merge them into the model before it is quantised."
-            )
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-
-class Linear(UnquantizedLayer, lora.Linear):
-    """T-LoRA on nn.Linear and transformers' Conv1D."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
-        called = args or kwargs or self._disable_adapters or self.merged_adapters or is_traced()
-        if called or x.shape[-1] != self.in_features:  # an error that is the base layer's to raise
-            return super().forward(x, *args, **kwargs)
-        ready = take(self, x)
-        if ready is None:
-            plain = Plain.of(self)
-            if plain is None:
-                return super().forward(x)
-            ready = plain.ready(x)
-        plain, masked = ready.plain, ready.masked
-        if ready.at_once:
-            return adapted_linear(x, plain.weight, plain.bias, masked)
-        result = self.base_layer(x)
-        return add_update(result, x, masked).to(result.dtype)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""
-        variant = self.tlora_variant(adapter_name)
-        if variant is None:
-            return super().supports_lora_conversion(adapter_name)
-        variant.warn_of_one_mask(self, "Converting")
-        return True
-
-
-class Conv1d(UnquantizedLayer, lora.Conv1d):
-    """T-LoRA on nn.Conv1d."""
-
-
-class Conv2d(UnquantizedLayer, lora.Conv2d):
-    """T-LoRA on nn.Conv2d."""
-
-
-class Conv3d(UnquantizedLayer, lora.Conv3d):
-    """T-LoRA on nn.Conv3d."""

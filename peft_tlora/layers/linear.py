@@ -65,7 +65,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.factors, ctx.mask, ctx.dtype = masked.factors, masked.mask, masked.dtype
         ctx.base = None if base is None else base[0]
         ctx.result_dtype = None if result is None else result.dtype
-        ctx.with_base = folded is not None and folded.with_base
+        ctx.with_base, ctx.again = folded is not None and folded.with_base, masked.again
         if hidden is not None and dlam is not None:  # of the trained up-projection alone
             hidden = hidden[:, : hidden.shape[1] // 2]
             hidden = hidden if small else hidden.contiguous()
@@ -93,7 +93,8 @@ class _MaskedLinear(torch.autograd.Function):
             weight, down, up, q = kept
             scale = ctx.scale
         else:
-            update = Masked(ctx.factors, ctx.mask, dtype).made(trained=True)
+            own = Masked(ctx.factors, ctx.mask, dtype)
+            update = own.made(trained=True) if ctx.again is None else ctx.again()
             down, up, scale, q = update
             if folded:
                 down, up = halves(update)
@@ -130,9 +131,9 @@ def _compute(
     """The output, and what it was made with: one weight, or the factors and the hidden values."""
     folded, update, hidden = masked.folded, masked.update, None
     weight, bias = (None, None) if base is None else base
-    if folded is None and update is None:
+    if folded is None:
         update = masked.made(trained=trained)
-        if masked.folds(x, weight):
+        if masked.folds(x.shape, weight):
             folded = masked.fold(update, weight)
     if folded is not None and folded.with_base:
         return _linear(x, folded.weight, bias), folded, update, None

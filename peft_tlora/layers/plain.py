@@ -1,4 +1,4 @@
-"""A linear layer and its one active T-LoRA adapter, where both may be read without a call."""
+"""A layer and its one active T-LoRA adapter, where both may be read without a call."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -8,22 +8,23 @@ from torch import Tensor, nn
 
 from ..functional import Factors, autocast_dtype
 from .factors import plain_weight
-from .update import Mask, Masked
+from .update import Mask, Masked, delta_weight
 from .variant import TLoraVariant
 
-_BASES = (nn.Linear,)
+_BASES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Plain(NamedTuple):
-    """A linear layer with one active adapter, all of whose tensors may be read.
+    """A linear layer or convolution with one active adapter, all of whose tensors may be read.
 
     Args:
         layer: The layer.
         adapter: Name of the adapter.
         variant: What the adapter computes.
-        factors: The adapter's factors.
-        weight: Weight of the base layer, frozen.
+        factors: The adapter's factors, as matrices.
+        weight: Weight of the base layer, frozen, as a matrix.
         bias: Bias of the base layer, frozen.
+        trailing: Dimensions of the input behind its features, those of a convolution's kernel.
     """
 
     layer: Any
@@ -32,6 +33,7 @@ class Plain(NamedTuple):
     factors: Factors
     weight: Tensor
     bias: Tensor | None
+    trailing: int
 
     @classmethod
     def of(cls, layer: Any) -> "Plain | None":
@@ -48,7 +50,13 @@ class Plain(NamedTuple):
         if trained or not (type(dropout) is nn.Identity or not dropout.training):
             return None
         factors = variant.plain_factors(layer, names[0])
-        return None if factors is None else cls(layer, names[0], variant, factors, weight, bias)
+        if factors is None:
+            return None
+        trailing = weight.dim() - 2
+        if trailing:
+            weight = weight.flatten(1)
+            factors = Factors(*(None if t is None else t.flatten(1) for t in factors))  # pyright: ignore[reportArgumentType]
+        return cls(layer, names[0], variant, factors, weight, bias, trailing)
 
     def dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which the update of an input is computed."""
@@ -56,18 +64,23 @@ class Plain(NamedTuple):
 
     def mask(self, x: Tensor, dtype: torch.dtype) -> Mask:
         """The mask of the update of an input."""
-        return self.variant.mask(self.layer, self.adapter, x, dtype, self.factors)
+        return self.variant.mask(self.layer, self.adapter, x, dtype, self.factors, self.trailing)
 
     def ready(self, x: Tensor) -> "Ready":
         """The update of an input, to be made by the layer itself."""
         dtype = self.dtype(x)
-        return Ready(
-            self, x.shape, self.goes_at_once(x), Masked(self.factors, self.mask(x, dtype), dtype)
-        )
+        masked = Masked(self.factors, self.mask(x, dtype), dtype)
+        return Ready(self, x.shape, self.goes_at_once(x), masked)
 
     def goes_at_once(self, x: Tensor) -> bool:
         """Whether base layer and update are computed together: of one dtype, as the input is."""
         return x.dtype == self.weight.dtype and autocast_dtype(x) is None
+
+    def rows(self, x: Tensor) -> torch.Size:
+        """The shape of an input, of a convolution as the rows that its weight is multiplied by."""
+        if not self.trailing:
+            return x.shape
+        return torch.Size((x.numel() // x.shape[-1 - self.trailing], self.weight.shape[1]))
 
     def kind(self) -> Hashable:
         """What layers have in common that compute the same with different weights."""
@@ -79,7 +92,7 @@ class Plain(NamedTuple):
         # in the place of a tensor, which is no constant, what it is
         scaling = id(scaling) if isinstance(scaling, Tensor) else scaling
         cast = layer.cast_input_dtype_enabled
-        return *shapes, *kinds, scaling, cast, ranks.schedule, ranks.layout
+        return self.trailing, *shapes, *kinds, scaling, cast, ranks.schedule, ranks.layout
 
 
 class Ready(NamedTuple):
@@ -96,3 +109,17 @@ class Ready(NamedTuple):
     shape: torch.Size
     at_once: bool
     masked: Masked
+
+    def folded_weight(self, x: Tensor) -> Tensor | None:
+        """The base layer's weight with the update in it, None where that costs more than it saves.
+
+        Without a derivative.
+        """
+        plain, _, at_once, masked = self
+        if masked.folded is not None:
+            return masked.folded.weight if masked.folded.with_base else None
+        if not at_once or masked.mask.gate is not None or not masked.takes(plain.weight):
+            return None
+        if not masked.folds(plain.rows(x), plain.weight):
+            return None
+        return delta_weight(masked.made(trained=False), masked.mask, plain.weight)

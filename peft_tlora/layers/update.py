@@ -1,5 +1,6 @@
 """The masked update of a linear layer, as it is computed: in two products, or as one weight."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ class Masked(NamedTuple):
         dtype: The dtype of the computation.
         update: The factors fused and masked but for the gate, if that was done ahead.
         folded: The update as one weight, if that was done ahead.
+        again: What returns the `update` that was made ahead once more, for the backward of a layer
+            that doesn't keep it.
     """
 
     factors: Factors
@@ -80,6 +83,7 @@ class Masked(NamedTuple):
     dtype: torch.dtype
     update: Update | None = None
     folded: Folded | None = None
+    again: Callable[[], Update] | None = None
 
     def made(self, *, trained: bool) -> Update:
         """The factors fused and masked but for the gate."""
@@ -88,15 +92,15 @@ class Masked(NamedTuple):
         factors = self.factors.leading(self.mask.ranks).to(self.dtype)
         return factors.update(self.mask.scale, trained=trained)
 
-    def folds(self, x: Tensor, weight: Tensor | None) -> bool:
-        """Whether it is cheaper to multiply an input by one weight than by two factors.
+    def folds(self, shape: torch.Size, weight: Tensor | None) -> bool:
+        """Whether it is cheaper to multiply an input of a shape by one weight than by two factors.
 
         With factors, an update costs rows x (in + out) x ranks operations; as a weight that is
         added to the base layer's it costs in x out x ranks for each mask. In 16 bits the sum would
         lose the update; by itself the weight pays but in small layers.
         """
-        gate, shape = self.mask.gate, x.shape
-        if not is_small(self.factors) and (weight is None or not self._takes(weight)):
+        gate = self.mask.gate
+        if not is_small(self.factors) and (weight is None or not self.takes(weight)):
             return False
         rows = shape[:-1].numel()
         if gate is not None:
@@ -106,7 +110,7 @@ class Masked(NamedTuple):
         out_features, in_features = self.factors.dp.shape[0], shape[-1]
         return rows * (out_features + in_features) >= out_features * in_features
 
-    def _takes(self, weight: Tensor) -> bool:
+    def takes(self, weight: Tensor) -> bool:
         """Whether a weight can be added to, as no bits are lost."""
         return weight.dtype == self.dtype and weight.dtype in (torch.float32, torch.float64)
 
@@ -117,7 +121,7 @@ class Masked(NamedTuple):
             update: What `made` returns.
             weight: The base layer's weight of shape (out, in), if there is one.
         """
-        with_base = weight is not None and self._takes(weight)
+        with_base = weight is not None and self.takes(weight)
         delta = delta_weight(update, self.mask, weight if with_base else None)
         return Folded(with_base, delta, *halves(update), update.scale, update.q)
 

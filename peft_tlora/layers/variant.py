@@ -71,7 +71,7 @@ class TLoraVariant(LoraVariant):
         dtype = self.compute_dtype(module, active_adapter, x, called=factors is None)
         if factors is None:
             return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
-        mask = self.mask(module, active_adapter, x, dtype, factors)
+        mask = self.mask(module, active_adapter, x, dtype, factors, factors.dq.dim() - 2)
         if factors.dq.dim() == 2:
             return add_update(result, x, Masked(factors, mask, dtype))
         if mask.ranks == 0:  # no convolution has no channel
@@ -118,13 +118,21 @@ class TLoraVariant(LoraVariant):
         return self._unpadded(module, adapter, factors)
 
     def mask(
-        self, module: Layer, adapter: str, x: Tensor, dtype: torch.dtype, factors: Factors
+        self,
+        module: Layer,
+        adapter: str,
+        x: Tensor,
+        dtype: torch.dtype,
+        factors: Factors,
+        trailing: int,
     ) -> Mask:
-        """The mask of the fused factors, of a dtype, for an input of a layer without groups."""
-        channel = x.dim() + 1 - factors.dq.dim()
-        r, twice = len(factors.dq), factors.dlam is not None
+        """The mask of the fused factors, of a dtype, for an input of a layer without groups.
+
+        The input has `trailing` dimensions behind its features.
+        """
+        r, twice = factors.dq.shape[0], factors.dlam is not None
         small = factors.dq.dim() == 2 and is_small(factors)
-        rows = Rows(x, channel, dtype)
+        rows = Rows(x, x.dim() - 1 - trailing, dtype)
         return self.ranks.mask_of_rows(module, adapter, rows, r, twice=twice, small=small)
 
     def _update(

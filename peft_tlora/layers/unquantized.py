@@ -1,0 +1,98 @@
+"""T-LoRA on layers whose weight PEFT takes for a plain tensor."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor
+
+from ..integrations.torch import is_traced
+from .batched import take
+from .layer import TLoraLayer
+from .linear import adapted_linear, add_update
+from .plain import Plain
+
+
+class UnquantizedLayer(TLoraLayer):
+    """T-LoRA on a layer whose weight PEFT takes for a plain tensor."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
+        if self.merged_adapters and not self._disable_adapters and not args and not kwargs:
+            return self.base_layer(x)  # pyright: ignore[reportCallIssue]
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters, all active ones if no names are given, into the base weight.
+
+        Raises:
+            ValueError: If the weight is quantised after all, as by quanto or GGUF: PEFT would
+                change a temporary copy of it, and the adapter would silently be lost.
+        """
+        weight: Any = self.get_base_layer().weight
+        cls = type(weight.data)
+        if cls.__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
+            raise ValueError(
+                f"Adapters can't be merged into a {type(self.get_base_layer()).__name__} whose "
+                f"weight is a {cls.__module__}.{cls.__name__} of {weight.dtype}: leave them "
+                "unmerged, or merge them into the model before it is quantised."
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+class Linear(UnquantizedLayer, lora.Linear):
+    """T-LoRA on nn.Linear and transformers' Conv1D."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, (batch, ..., out)."""
+        called = args or kwargs or self._disable_adapters or self.merged_adapters or is_traced()
+        if called or x.shape[-1] != self.in_features:  # an error that is the base layer's to raise
+            return super().forward(x, *args, **kwargs)
+        ready = take(self, x)
+        if ready is None:
+            plain = Plain.of(self)
+            if plain is None:
+                return super().forward(x)
+            ready = plain.ready(x)
+        plain, masked = ready.plain, ready.masked
+        if ready.at_once:
+            return adapted_linear(x, plain.weight, plain.bias, masked)
+        result = self.base_layer(x)
+        return add_update(result, x, masked).to(result.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""
+        variant = self.tlora_variant(adapter_name)
+        if variant is None:
+            return super().supports_lora_conversion(adapter_name)
+        variant.warn_of_one_mask(self, "Converting")
+        return True
+
+
+class _Convolution(UnquantizedLayer):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, (batch, out, ...)."""
+        base: Any = self.base_layer
+        called = args or kwargs or self._disable_adapters or self.merged_adapters or is_traced()
+        if called or torch.is_grad_enabled() or x.dim() != base.weight.dim():  # an unbatched input
+            return super().forward(x, *args, **kwargs)
+        ready = take(self, x)
+        if ready is None:
+            plain = Plain.of(self)
+            ready = None if plain is None else plain.ready(x)
+        weight = None if ready is None else ready.folded_weight(x)
+        if weight is None:
+            return super().forward(x)
+        return base._conv_forward(x, weight.view(base.weight.shape), base.bias)
+
+
+class Conv1d(_Convolution, lora.Conv1d):
+    """T-LoRA on nn.Conv1d."""
+
+
+class Conv2d(_Convolution, lora.Conv2d):
+    """T-LoRA on nn.Conv2d."""
+
+
+class Conv3d(_Convolution, lora.Conv3d):
+    """T-LoRA on nn.Conv3d."""
