@@ -16,11 +16,11 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
-from diffusers import FluxTransformer2DModel
-from measure import device, interleaved, ratio, report, seconds
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from measure import device, interleaved, ratio, report
 from peers import PEERS, Adapted
 from sdxl import TARGETS, inputs, unet
 from tiny import Operators
@@ -34,10 +34,29 @@ VARIANTS = [peer for peer in PEERS if peer != "naive"]
 STEPS = ["training", "training, checkpointing", "denoising"]
 
 
+def sdxl(tiny: bool) -> UNet2DConditionModel:
+    """The U-Net of SDXL with random weights."""
+    if not tiny:
+        return unet(full=True)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),  # pyright: ignore[reportArgumentType]
+        transformer_layers_per_block=(1, 1),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+
+
 def flux(tiny: bool) -> FluxTransformer2DModel:
     """The transformer of FLUX.1 dev with random weights."""
     size = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if tiny else {}
-    return FluxTransformer2DModel(guidance_embeds=True, **size)
+    return FluxTransformer2DModel(guidance_embeds=True, **size)  # pyright: ignore[reportArgumentType]
 
 
 def flux_inputs(model: FluxTransformer2DModel, batch: int, dtype: torch.dtype) -> dict[str, object]:
@@ -85,7 +104,7 @@ class Case:
         if adapted.peer == "LyCORIS":
             adapted.set_mask(1000 * (shares if training else share))
         with torch.set_grad_enabled(training):
-            output = adapted.model(timestep=timestep, **self.arguments, return_dict=False)[0]
+            output = adapted.model(timestep=timestep, **self.arguments).sample
         if training:
             output.float().square().mean().backward()
             for parameter in adapted.parameters:
@@ -121,7 +140,7 @@ class Case:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             self.run(name, 0.3)
             torch.cuda.synchronize()
-        return sum(event.device_type.name == "CUDA" for event in profiled.events())
+        return sum(event.device_type.name == "CUDA" for event in profiled.events() or ())
 
 
 @contextmanager
@@ -144,7 +163,7 @@ def cases(tiny: bool, rank: int) -> Iterator[tuple[str, str, Case]]:
     for name in ("SDXL", "FLUX"):
         torch.manual_seed(0)
         with device():
-            base = unet(full=not tiny) if name == "SDXL" else flux(tiny)
+            base = sdxl(tiny) if name == "SDXL" else flux(tiny)
         base = base.to(dtype).requires_grad_(False)  # pyright: ignore[reportArgumentType]
         names = [variant for variant in VARIANTS if not (name == "FLUX" and variant == "LyCORIS")]
         models = {v: Adapted(v, sharing(base), rank, TARGETS) for v in names}
@@ -159,7 +178,7 @@ def cases(tiny: bool, rank: int) -> Iterator[tuple[str, str, Case]]:
             make = inputs if name == "SDXL" else flux_inputs
             arguments, scale = make(base, batch, dtype), 1000.0 if name == "SDXL" else 1.0  # pyright: ignore[reportArgumentType]
             yield name, "compiled" if compiled else "eager", Case(models, arguments, scale, step)
-        del models, base, arguments
+        del models, base
         if device().type == "cuda":
             torch.cuda.empty_cache()
 

@@ -80,21 +80,25 @@ class Factors(NamedTuple):
             q = (q if is_one else q * scale).unsqueeze(-1)
         return Update(down, torch.cat([dp, p0], dim=-1), lam, q if trained else None)
 
-    def fused(self, groups: int = 1, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    def flat(self) -> "Factors":
+        """The factors as matrices: those of a convolution have their kernel in the columns."""
+        if self.dq.dim() == 2:
+            return self
+        return Factors(*(None if factor is None else factor.flatten(1) for factor in self))  # pyright: ignore[reportArgumentType]
+
+    def fused(self, groups: int = 1) -> tuple[Tensor, Tensor]:
         """`down` and `up` of `update` in the form of the base layer's weight.
 
         Args:
             groups: Groups of the up-projection.
-            scale: As for `update`.
 
         Returns:
             down of shape (2r, in, *kernel) and up of shape (out, 2r / groups, *ones); r in the
             place of 2r for Vanilla T-LoRA.
         """
         if self.dq.dim() == 2:
-            return self.update(scale)[:2]
-        flat = [None if factor is None else factor.flatten(1) for factor in self]
-        down, up, *_ = Factors(*flat).update(scale)  # pyright: ignore[reportArgumentType]
+            return self.update()[:2]
+        down, up, *_ = self.flat().update()
         if self.dlam is not None and groups > 1:
             down = pair(down[: len(self.dq)], down[len(self.dq) :], groups)
         ones = (1,) * (self.dp.dim() - 2)

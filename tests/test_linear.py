@@ -167,7 +167,7 @@ def adapted(**kwargs):
 def calls_of(monkeypatch, module, name):
     """The calls of a function of a module, which go on as before."""
     calls, original = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(a) or original(*a, **k))
     return calls
 
 

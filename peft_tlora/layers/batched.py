@@ -22,7 +22,7 @@ from .plain import Plain, Ready
 from .update import Folded, Mask, Masked, is_small
 
 _CHUNK = 2**24  # bytes of factors that are made at a time
-_FEW = 2**18  # bytes of one layer's factors, for which a CPU needn't be kept waiting
+_FEW = 2**16  # bytes of one layer's factors, for which a CPU needn't be kept waiting
 _NOTHING = (None, None)
 _UP = [Factors._fields.index(name) for name in ("dp", "p0")]  # whose ranks are columns
 
@@ -58,7 +58,7 @@ def _waiting(forward: RunningForward, x: Tensor) -> dict[nn.Module, Any]:
     alike: dict[Hashable, list[Plain]] = {}
     for layer in _unwatched_layers(forward):
         plain = None if layer._disable_adapters or layer.merged_adapters else Plain.of(layer)
-        if plain is not None and not (plain.trailing and torch.is_grad_enabled()):
+        if plain is not None:
             alike.setdefault(plain.kind(), []).append(plain)
     waiting = {}
     for plains in alike.values():
@@ -82,7 +82,8 @@ def _make(
     updates = _Updates([plain.factors for plain in chunk], mask, dtype)
     with torch.no_grad():
         update = updates.stacked(trained=trained)
-        if small and alone.folds(first.rows(x), first.weight if at_once else None):
+        linear = small and not first.trailing
+        if linear and alone.folds(x.shape, first.weight if at_once else None):
             weight = torch.stack([plain.weight for plain in chunk]) if at_once else None
             folded = alone.fold(update, weight)
             parts = folded if trained else (*folded[:2], *(None,) * 4)

@@ -98,7 +98,7 @@ class _MaskedLinear(torch.autograd.Function):
             down, up, scale, q = update
             if folded:
                 down, up = halves(update)
-                weight = delta_weight(update, ctx.mask, base) if needs_x else None
+                weight = delta_weight(update, ctx.mask, base, passing=True) if needs_x else None
         rows = _cast(x, dtype).reshape(-1, x.shape[-1])
         plain = gradient.reshape(-1, gradient.shape[-1])
         outer = _cast(plain, dtype)

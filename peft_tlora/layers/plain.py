@@ -54,8 +54,7 @@ class Plain(NamedTuple):
             return None
         trailing = weight.dim() - 2
         if trailing:
-            weight = weight.flatten(1)
-            factors = Factors(*(None if t is None else t.flatten(1) for t in factors))  # pyright: ignore[reportArgumentType]
+            weight, factors = weight.flatten(1), factors.flat()
         return cls(layer, names[0], variant, factors, weight, bias, trailing)
 
     def dtype(self, x: Tensor) -> torch.dtype:
@@ -111,15 +110,13 @@ class Ready(NamedTuple):
     masked: Masked
 
     def folded_weight(self, x: Tensor) -> Tensor | None:
-        """The base layer's weight with the update in it, None where that costs more than it saves.
+        """A convolution's weight with the update in it, None where that costs more than it saves.
 
         Without a derivative.
         """
         plain, _, at_once, masked = self
-        if masked.folded is not None:
-            return masked.folded.weight if masked.folded.with_base else None
         if not at_once or masked.mask.gate is not None or not masked.takes(plain.weight):
             return None
         if not masked.folds(plain.rows(x), plain.weight):
             return None
-        return delta_weight(masked.made(trained=False), masked.mask, plain.weight)
+        return delta_weight(masked.made(trained=False), masked.mask, plain.weight, passing=True)

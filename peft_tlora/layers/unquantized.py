@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..integrations.torch import is_traced
 from .batched import take
+from .convolution import add_convolved
 from .layer import TLoraLayer
 from .linear import adapted_linear, add_update
 from .plain import Plain
@@ -74,16 +75,21 @@ class _Convolution(UnquantizedLayer):
         """The base layer's output plus the updates of the active adapters, (batch, out, ...)."""
         base: Any = self.base_layer
         called = args or kwargs or self._disable_adapters or self.merged_adapters or is_traced()
-        if called or torch.is_grad_enabled() or x.dim() != base.weight.dim():  # an unbatched input
+        # an error is the base layer's to raise
+        if called or x.dim() != base.weight.dim() or x.shape[1] != self.in_features:
             return super().forward(x, *args, **kwargs)
         ready = take(self, x)
         if ready is None:
             plain = Plain.of(self)
-            ready = None if plain is None else plain.ready(x)
-        weight = None if ready is None else ready.folded_weight(x)
-        if weight is None:
-            return super().forward(x)
-        return base._conv_forward(x, weight.view(base.weight.shape), base.bias)
+            if plain is None:
+                return super().forward(x)
+            ready = plain.ready(x)
+        weight = None if torch.is_grad_enabled() else ready.folded_weight(x)
+        if weight is not None:
+            return base._conv_forward(x, weight.view(base.weight.shape), base.bias)
+        result, adapter = base(x), ready.plain.adapter
+        projections = self.lora_A[adapter], self.lora_B[adapter]
+        return add_convolved(result, x, ready.masked, *projections).to(result.dtype)
 
 
 class Conv1d(_Convolution, lora.Conv1d):

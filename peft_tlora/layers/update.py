@@ -1,5 +1,6 @@
 """The masked update of a linear layer, as it is computed: in two products, or as one weight."""
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -122,7 +123,8 @@ class Masked(NamedTuple):
             weight: The base layer's weight of shape (out, in), if there is one.
         """
         with_base = weight is not None and self.takes(weight)
-        delta = delta_weight(update, self.mask, weight if with_base else None)
+        base = weight if with_base else None
+        delta = delta_weight(update, self.mask, base, passing=not is_small(self.factors))
         return Folded(with_base, delta, *halves(update), update.scale, update.q)
 
 
@@ -131,31 +133,44 @@ def is_small(factors: Factors) -> bool:
     return factors.dp.shape[0] * factors.dq.shape[1] <= _SMALL
 
 
-def delta_weight(update: Update, mask: Mask, weight: Tensor | None) -> Tensor:
+def delta_weight(
+    update: Update, mask: Mask, weight: Tensor | None, *, passing: bool = False
+) -> Tensor:
     """The weight of an update, added to another one if there is one.
 
-    Of shape (..., out, in), or (..., batch, out, in) if each sample has a gate.
+    Args:
+        update: The update.
+        mask: Its mask.
+        weight: The other weight, of shape (..., out, in).
+        passing: Whether nobody needs the result when the next one of this thread is made.
+
+    Returns:
+        Shape (..., out, in), or (..., batch, out, in) if each sample has a gate.
     """
     down, up, gate = update.down, update.up, mask.gate
     if mask.prefixes is not None and weight is not None and weight.dim() == 2:
-        return _nested(weight, update, mask)
+        return _nested(weight, update, mask, passing=passing)
     if gate is None:
         if weight is None:
             return torch.matmul(up, down)
-        return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, up, down)
+        if weight.dim() == 3:
+            return torch.baddbmm(weight, up, down)
+        out = _space(weight.shape, weight) if passing else None
+        return torch.addmm(weight, up, down, out=out)
     up = up.unsqueeze(-3) * gate
     product = torch.matmul(up.flatten(-3, -2), down).view(*up.shape[:-1], down.shape[-1])
     return product if weight is None else product.add_(weight.unsqueeze(-3))
 
 
-def _nested(weight: Tensor, update: Update, mask: Mask) -> Tensor:
+def _nested(weight: Tensor, update: Update, mask: Mask, *, passing: bool) -> Tensor:
     """A weight with the update for each sample: that of one with fewer ranks, and what is more.
 
     All together they cost what the sample with the most ranks does.
     """
     ranks, scaling = mask.prefixes  # pyright: ignore[reportGeneralTypeIssues]
     columns, block = update.down.shape[0], mask.half.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
-    weights = weight.new_empty(len(ranks), *weight.shape)
+    shape = torch.Size((len(ranks), *weight.shape))
+    weights = _space(shape, weight) if passing else weight.new_empty(shape)
     done, before = 0, weight
     for sample in sorted(range(len(ranks)), key=ranks.__getitem__):
         rank, own = ranks[sample], weights[sample]
@@ -167,6 +182,29 @@ def _nested(weight: Tensor, update: Update, mask: Mask) -> Tensor:
             before = own
         done, before = rank, own
     return weights
+
+
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.of_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def _space(shape: torch.Size, like: Tensor) -> Tensor:
+    """Memory for a passing result, the same each time.
+
+    The allocator of a CPU gives large pieces back to the system, which takes longer to provide
+    them anew than the multiplication takes.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size, buffer = shape.numel(), _buffers.of_dtype.get(like.dtype)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = _buffers.of_dtype[like.dtype] = torch.empty(size, dtype=like.dtype)
+    return buffer[:size].view(shape)
 
 
 def halves(update: Update) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from ..functional import Factors, autocast_dtype, delta_weight
 from ..integrations.torch import is_traced, replicated
 from ..schedule import RankSchedule
 from ..timestep.denoisers import Layout
+from .convolution import add_convolved
 from .factors import Projection, Scale, plain_weight
 from .linear import add_update
 from .protocol import Layer, groups_of
@@ -71,15 +72,13 @@ class TLoraVariant(LoraVariant):
         dtype = self.compute_dtype(module, active_adapter, x, called=factors is None)
         if factors is None:
             return result + self._update(module, active_adapter, x.to(dtype), samples, batch)
-        mask = self.mask(module, active_adapter, x, dtype, factors, factors.dq.dim() - 2)
-        if factors.dq.dim() == 2:
-            return add_update(result, x, Masked(factors, mask, dtype))
-        if mask.ranks == 0:  # no convolution has no channel
-            return result + self._update(module, active_adapter, x.to(dtype))
-        down, up = factors.leading(mask.ranks).to(dtype).fused(scale=mask.scale)
-        hidden = module.lora_A[active_adapter]._conv_forward(x.to(dtype), down, None)
-        hidden = hidden if mask.gate is None else hidden * mask.gate
-        return result + module.lora_B[active_adapter]._conv_forward(hidden, up, None)
+        trailing, factors = factors.dq.dim() - 2, factors.flat()
+        mask = self.mask(module, active_adapter, x, dtype, factors, trailing)
+        masked = Masked(factors, mask, dtype)
+        if not trailing:
+            return add_update(result, x, masked)
+        convolutions = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        return add_convolved(result, x, masked, *convolutions)
 
     @staticmethod
     def compute_dtype(
@@ -131,7 +130,7 @@ class TLoraVariant(LoraVariant):
         The input has `trailing` dimensions behind its features.
         """
         r, twice = factors.dq.shape[0], factors.dlam is not None
-        small = factors.dq.dim() == 2 and is_small(factors)
+        small = is_small(factors) or trailing > 0  # no convolution has no channel
         rows = Rows(x, x.dim() - 1 - trailing, dtype)
         return self.ranks.mask_of_rows(module, adapter, rows, r, twice=twice, small=small)
 
