@@ -210,7 +210,25 @@ def another_layer(model):
     blocks[1].second = nn.Linear(WIDTH, WIDTH).double()
 
 
+class Wrapper(nn.Module):
+    """As an engine has it: the weights come when it is called."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        self.module.first.lora_A["default"].weight.data.fill_(0.1)
+        return self.module(*args)
+
+
+def a_wrapped_block(model):
+    blocks = model.base_model.model.blocks
+    blocks[1] = Wrapper(blocks[1])
+
+
 CHANGES = [
+    a_wrapped_block,
     in_place,
     by_data,
     a_step,

@@ -24,6 +24,7 @@ from .update import Folded, Mask, Masked, is_small
 _CHUNK = 2**24  # bytes of factors that are made at a time
 _FEW = 2**16  # bytes of one layer's factors, for which a CPU needn't be kept waiting
 _NOTHING = (None, None)
+Link = tuple[nn.Module, str, nn.Module]  # parent, name and child
 _UP = [Factors._fields.index(name) for name in ("dp", "p0")]  # whose ranks are columns
 
 
@@ -150,23 +151,24 @@ def _unwatched_layers(forward: RunningForward) -> Iterator[Any]:
         return
     if state.layers is None:
         state.layers = list(_layers_below(module, ()))
-    watched: dict[nn.Module, bool] = {}
-    for above, layer in state.layers:
-        for part in above:
-            if part not in watched:
-                watched[part] = is_watched(part) or is_sharding(part)
-        if not any(watched[part] for part in above):
+    reached: dict[nn.Module, bool] = {}
+    for links, layer in state.layers:
+        for parent, name, child in links:
+            if child not in reached:
+                in_place = parent._modules.get(name) is child  # nobody has wrapped it since
+                reached[child] = in_place and not is_watched(child) and not is_sharding(child)
+        if all(reached[child] for _, _, child in links):
             yield layer
 
 
 def _layers_below(
-    module: nn.Module, above: tuple[nn.Module, ...]
-) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module]]:
-    """The T-LoRA layers that can be plain, each behind the modules on the way to it and itself."""
-    for child in module.children():
-        path = (*above, child)
+    module: nn.Module, above: tuple[Link, ...]
+) -> Iterator[tuple[tuple[Link, ...], nn.Module]]:
+    """The T-LoRA layers that can be plain, each behind the way to it: parents, names, children."""
+    for name, child in module.named_children():
+        links = (*above, (module, name, child))
         if isinstance(child, TimestepLayer):
             if isinstance(child, lora.Linear | lora.Conv1d | lora.Conv2d | lora.Conv3d):
-                yield path, child
+                yield links, child
         else:
-            yield from _layers_below(child, path)
+            yield from _layers_below(child, links)

@@ -50,7 +50,7 @@ class Plain(NamedTuple):
         if trained or not (type(dropout) is nn.Identity or not dropout.training):
             return None
         factors = variant.plain_factors(layer, names[0])
-        if factors is None:
+        if factors is None or factors.dq.dim() != weight.dim():  # an engine has them elsewhere
             return None
         trailing = weight.dim() - 2
         if trailing:
