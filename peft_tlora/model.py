@@ -172,7 +172,8 @@ class TLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        zeros = begins_at_zero(lora_config, target)
+        tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())
+        zeros = not tied and not _custom(lora_config) and begins_at_zero(lora_config, target)
         # PEFT would draw values, which take longer than all else
         with torch.device("meta") if zeros else nullcontext():
             super()._create_and_replace(
@@ -183,7 +184,6 @@ class TLoraModel(LoraModel):
             fill_with_zeros(layer, adapter_name)
         if isinstance(layer.get_base_layer(), _custom(lora_config)):
             return
-        tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())
         if tied or isinstance(layer, Embedding):
             return  # sees no timestep: plain LoRA at full rank
         self._add_tlora(layer, adapter_name, lora_config, current_key)

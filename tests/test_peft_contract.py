@@ -541,3 +541,21 @@ def test_a_state_dict_under_a_wrappers_prefix_loads():
     assert not other.load_state_dict(stripped).missing_keys
     assert_same(outputs(other.eval()), outputs(model))
     assert all(torch.equal(get_peft_model_state_dict(other)[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_new_adapter_is_where_it_is_wanted_and_draws_no_number(low_cpu_mem_usage):
+    """PEFT's values of projections that begin at zero are not drawn, and none is left out."""
+    base = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(5, 4, 3)).bfloat16()
+    config = TLoraConfig(r=2, target_modules=["0", "1"], init_seed=0)
+    before = torch.get_rng_state()
+    model = get_peft_model(
+        base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6
+    for parameter in trained.values():
+        assert parameter.dtype == (torch.float32 if low_cpu_mem_usage else torch.bfloat16)
+        assert parameter.is_meta == low_cpu_mem_usage
+        assert low_cpu_mem_usage or not parameter.any()

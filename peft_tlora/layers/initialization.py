@@ -35,10 +35,11 @@ def begins_at_zero(config: TLoraConfig, target: nn.Module) -> bool:
 def fill_with_zeros(layer: Any, adapter: str) -> None:
     """Give projections that were made on the meta device their values, where PEFT puts them."""
     for projection in (layer.lora_A[adapter], layer.lora_B[adapter]):
-        for name, parameter in projection._parameters.items():
+        for name, parameter in list(projection._parameters.items()):
             if parameter is not None:
                 zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
-                projection._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+                # registered anew, so that whoever wants empty weights gets them
+                setattr(projection, name, nn.Parameter(zeros, parameter.requires_grad))
     layer._move_adapter_to_device_of_base_layer(adapter)
 
 
