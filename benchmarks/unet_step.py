@@ -1,32 +1,50 @@
-"""A training step and a denoising step of SDXL's U-Net with each adapter, in turn.
+"""A training step and a denoising step of a U-Net with each adapter, in turn.
 
-    python benchmarks/unet_step.py [--rank 16] [--repeats 15] [--peers LoRA T-LoRA]
+    python benchmarks/unet_step.py [--base sdxl] [--rank 16] [--repeats 15] [--peers LoRA T-LoRA]
 
-At full size in bfloat16 on a GPU, scaled down in float32 on a CPU. Adapters are in all attention
-projections. A training step is forward, backward and AdamW on one picture at one timestep; a
-denoising step is a forward of two pictures, as with guidance. The timesteps are spread over the
-schedule and are tensors on the device, as trainers and pipelines have them.
+SDXL's at full size in bfloat16 on a GPU, scaled down in float32 on a CPU, with adapters in all
+attention projections; or the embedded base's ("toybox") in float32, in its convolutions as well. A
+training step is forward, backward and AdamW, of SDXL on one picture and of the embedded base on two
+with a timestep each; a denoising step is a forward of two pictures, as with guidance. The timesteps
+are spread over the schedule and are tensors on the device, as trainers and pipelines have them.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from diffusers import UNet2DConditionModel
+from generation import TARGETS as EVERYWHERE
 from measure import device, interleaved, ratio, report
 from peers import PEERS, Adapted
 from sdxl import TARGETS, inputs, unet
+from toybox.gate import MODEL
+
+Make = Callable[[UNet2DConditionModel, int, torch.dtype], dict[str, object]]
 
 
-def training(adapted: Adapted, repeats: int, dtype: torch.dtype) -> Callable:
+def toybox_inputs(model: UNet2DConditionModel, batch: int, dtype: torch.dtype) -> dict[str, object]:
+    """As `inputs` of sdxl.py, of the embedded base."""
+    size, width = model.config["sample_size"], model.config["cross_attention_dim"]
+    return {
+        "sample": torch.randn(batch, model.config["in_channels"], size, size, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, 8, width, dtype=dtype),
+    }
+
+
+def training(
+    adapted: Adapted, repeats: int, dtype: torch.dtype, batch: int, make: Make
+) -> Callable:
     optimizer = torch.optim.AdamW(adapted.parameters, lr=1e-6) if adapted.parameters else None
-    arguments = inputs(adapted.model, 1, dtype)  # pyright: ignore[reportArgumentType]
+    arguments = make(adapted.model, batch, dtype)  # pyright: ignore[reportArgumentType]
 
     def prepare(repeat: int) -> Callable[[], None]:
         t = 1000 * (repeat + 0.5) / repeats
         adapted.set_mask(t)
 
         def step() -> None:
-            timestep = torch.full((1,), t, device=device())
+            timestep = torch.tensor([t, 1000 - t][:batch], device=device())
             adapted.model(timestep=timestep, **arguments).sample.square().mean().backward()
             if optimizer is not None:
                 optimizer.step()
@@ -37,8 +55,8 @@ def training(adapted: Adapted, repeats: int, dtype: torch.dtype) -> Callable:
     return prepare
 
 
-def denoising(adapted: Adapted, repeats: int, dtype: torch.dtype) -> Callable:
-    arguments = inputs(adapted.model, 2, dtype)  # pyright: ignore[reportArgumentType]
+def denoising(adapted: Adapted, repeats: int, dtype: torch.dtype, make: Make) -> Callable:
+    arguments = make(adapted.model, 2, dtype)  # pyright: ignore[reportArgumentType]
 
     def prepare(repeat: int) -> Callable[[], None]:
         t = 1000 * (repeat + 0.5) / repeats
@@ -55,30 +73,38 @@ def denoising(adapted: Adapted, repeats: int, dtype: torch.dtype) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="sdxl", choices=["sdxl", "toybox"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     arguments = parser.parse_args()
-    full = device().type == "cuda"
+    toybox = arguments.base == "toybox"
+    full = device().type == "cuda" and not toybox
     dtype = torch.bfloat16 if full else torch.float32
+    if toybox:  # the other peers have no convolutions
+        arguments.peers = [p for p in arguments.peers if p in ("base", "LoRA", "T-LoRA")]
     models = {}
     for peer in arguments.peers:
         torch.manual_seed(0)
-        model = unet(full).to(dtype).to(device())  # pyright: ignore[reportArgumentType]
-        models[peer] = Adapted(peer, model, arguments.rank, TARGETS)
+        model = UNet2DConditionModel.from_pretrained(MODEL / "unet") if toybox else unet(full)
+        model = model.to(dtype).to(device())  # pyright: ignore[reportArgumentType]
+        models[peer] = Adapted(peer, model, arguments.rank, EVERYWHERE if toybox else TARGETS)
+    make, batch = (toybox_inputs, 2) if toybox else (inputs, 1)
+    sdxl = f"SDXL's U-Net, {'full size' if full else 'scaled down'}"
     rows = []
     for name, step, peers in (
-        ("training", training, [p for p in arguments.peers if p != "base"]),  # it trains nothing
+        # the base trains nothing
+        ("training", partial(training, batch=batch), [p for p in arguments.peers if p != "base"]),
         ("denoising", denoising, arguments.peers),
     ):
-        functions = {peer: step(models[peer], arguments.repeats, dtype) for peer in peers}
+        functions = {p: step(models[p], arguments.repeats, dtype, make=make) for p in peers}
         times = interleaved(functions, arguments.repeats)
         for peer in peers:
             median = 1e3 * sorted(times[peer])[arguments.repeats // 2]
             rows.append([name, peer, f"{median:.0f} ms", ratio(times, peer, "LoRA")[1]])
     report(
-        "unet_step",
-        f"A step of SDXL's U-Net, {'full size' if full else 'scaled down'}, r={arguments.rank}",
+        "unet_step_toybox" if toybox else "unet_step",
+        f"A step of {'the embedded base' if toybox else sdxl}, r={arguments.rank}",
         ["step", "adapter", "median", "time / LoRA's of the same round"],
         rows,
         f"{arguments.repeats} rounds, quartiles in brackets; {dtype}.",

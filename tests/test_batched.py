@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_tlora import TLoraConfig, timestep_context
-from peft_tlora.layers import batched, unquantized
+from peft_tlora.layers import batched
 
 from .conftest import perturb
 
@@ -80,7 +80,7 @@ def alone(monkeypatch):
 
     def compute(model, *args):
         with monkeypatch.context() as patched:
-            patched.setattr(unquantized, "take", lambda *_: None)
+            patched.setattr(batched, "_take", lambda *_: None)
             return results(copy.deepcopy(model), *args)
 
     return compute
@@ -284,6 +284,18 @@ def test_a_backward_may_come_twice_and_in_parts(monkeypatch):
     torch.testing.assert_close(part, first[-2:])
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_lambda", "base_layer"])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_change_between_forward_and_backward_is_found_out(monkeypatch, small, part):
+    monkeypatch.setattr("peft_tlora.layers.update._SMALL", 2**15 if small else 0)
+    model = adapted()
+    output = model(sample().requires_grad_(), 500)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if f"second.{part}" in n).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_a_context_of_a_part_of_the_forward_holds(alone):
     model = adapted()
     block = model.base_model.model.blocks[1]
@@ -330,5 +342,5 @@ def test_an_outer_gradient_is_that_of_each_layer_alone(alone, monkeypatch):
 
     model = adapted()
     found = penalty(model)
-    monkeypatch.setattr(unquantized, "take", lambda *_: None)
+    monkeypatch.setattr(batched, "_take", lambda *_: None)
     torch.testing.assert_close(penalty(model), found)

@@ -22,13 +22,22 @@ from .plain import Plain, Ready
 from .update import Folded, Mask, Masked, is_small
 
 _CHUNK = 2**24  # bytes of factors that are made at a time
-_FEW = 2**16  # bytes of one layer's factors, for which a CPU needn't be kept waiting
+_FEW = 2**16  # bytes of a layer's factors up to which it pays on a CPU, too
 _NOTHING = (None, None)
 Link = tuple[nn.Module, str, nn.Module]  # parent, name and child
 _UP = [Factors._fields.index(name) for name in ("dp", "p0")]  # whose ranks are columns
 
 
-def take(layer: Any, x: Tensor) -> Ready | None:
+def ready(layer: Any, x: Tensor) -> Ready | None:
+    """A layer's update of an input, made ahead or by itself; None if modules must be called."""
+    made = _take(layer, x)
+    if made is not None:
+        return made
+    plain = Plain.of(layer)
+    return None if plain is None else plain.ready(x)
+
+
+def _take(layer: Any, x: Tensor) -> Ready | None:
     """What was made ahead for a layer in the running forward; None if it must see to itself."""
     state = layer.timestep_state
     forward = None if state is None else state.running_forward()
@@ -39,16 +48,16 @@ def take(layer: Any, x: Tensor) -> Ready | None:
     waiting = forward.ahead.get(key)
     if waiting is None:
         waiting = forward.ahead[key] = _waiting(forward, x)
-    active, ready = waiting.pop(layer, _NOTHING)
-    if type(ready) is list:
-        chunk = [plain for plain in ready if plain.layer is layer or plain.layer in waiting]
+    active, made = waiting.pop(layer, _NOTHING)
+    if type(made) is list:
+        chunk = [plain for plain in made if plain.layer is layer or plain.layer in waiting]
         waiting.update(_make(chunk, x, trained))
-        active, ready = waiting.pop(layer)
-    if ready is None or active is not layer._active_adapter:
+        active, made = waiting.pop(layer)
+    if made is None or active is not layer._active_adapter:
         return None
-    if x.shape == ready.shape:
-        return ready
-    plain, masked = ready.plain, ready.masked
+    if x.shape == made.shape:
+        return made
+    plain, masked = made.plain, made.masked
     mask = masked.mask if masked.mask.gate is None else plain.mask(x, masked.dtype)
     masked = masked._replace(mask=mask, folded=None)
     return Ready(plain, x.shape, plain.goes_at_once(x), masked)

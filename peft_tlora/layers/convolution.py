@@ -14,7 +14,7 @@ def add_convolved(result: Tensor, x: Tensor, masked: Masked, lora_A: Any, lora_B
     Args:
         result: Shape (batch, out, ...).
         x: Shape (batch, in, ...).
-        masked: The update, of the factors as matrices.
+        masked: The update, of all ranks' factors as matrices.
         lora_A: The convolution whose kernel `down` has and that says how it moves.
         lora_B: The convolution of one pixel whose kernel `up` has.
     """
@@ -53,19 +53,13 @@ class _Fused(torch.autograd.Function):
                 update[:2], (dq, dp, dlam), (down, up), create_graph=True, materialize_grads=True
             )
             return *found, None
-        leading, (scale, _, ranks, *_) = masked.factors.leading(masked.mask.ranks), masked.mask
-        r = leading.dq.shape[0]
+        r, scale = dq.shape[0], masked.mask.scale
         gradient = down[:r] + down[r:]  # of diag(lam m s) Q
         lam: Any
-        q, _, lam = leading.whole()
-        q, lam = q * scale, lam * scale
-        gradients = [
-            (gradient * lam).to(dq.dtype),
+        q, _, lam = masked.factors.whole()
+        return (
+            (gradient * (lam * scale)).to(dq.dtype),
             up[:, :r].to(dp.dtype),
-            (gradient * q).sum(1, keepdim=True).to(dlam.dtype),
-        ]
-        if ranks is not None and ranks < dq.shape[0]:
-            for i, (part, of) in enumerate(zip(gradients, (dq, dp, dlam), strict=True)):
-                gradients[i] = torch.zeros_like(of)
-                (gradients[i][:, :r] if i == 1 else gradients[i][:r]).copy_(part)
-        return *gradients, None
+            (gradient * (q * scale)).sum(1, keepdim=True).to(dlam.dtype),
+            None,
+        )

@@ -63,30 +63,30 @@ class _MaskedLinear(torch.autograd.Function):
         output, folded, update, hidden = _compute(x, masked, result, base, trained=True)
         ctx.small = small = is_small(masked.factors)
         ctx.factors, ctx.mask, ctx.dtype = masked.factors, masked.mask, masked.dtype
-        ctx.base = None if base is None else base[0]
         ctx.result_dtype = None if result is None else result.dtype
         ctx.with_base, ctx.again = folded is not None and folded.with_base, masked.again
         if hidden is not None and dlam is not None:  # of the trained up-projection alone
             hidden = hidden[:, : hidden.shape[1] // 2]
             hidden = hidden if small else hidden.contiguous()
-        if not small:  # what an optimiser may change before the backward, so that torch finds out
-            ctx.save_for_backward(x, hidden, dq, dp, dlam)
-        elif folded is not None:
-            ctx.scale = folded.scale
-            ctx.save_for_backward(x, None, folded.weight, folded.down, folded.up, folded.q)
-        else:
+        weight = None if base is None else base[0]
+        kept = ()
+        if small and folded is not None:
+            kept, ctx.scale = (folded.weight, folded.down, folded.up, folded.q), folded.scale
+        elif small:
             down, up, ctx.scale, q = update  # pyright: ignore[reportGeneralTypeIssues]
-            ctx.save_for_backward(x, hidden, None, down, up, q)
+            kept = None, down, up, q
+        # saved although ctx has them, so that torch finds out who changes them before the backward
+        ctx.save_for_backward(x, hidden, weight, dq, dp, dlam, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        dtype, base = ctx.dtype, ctx.base
+        dtype = ctx.dtype
         needs_x, *_, needs_result, _, _ = ctx.needs_input_grad
         result_gradient = _cast(gradient, ctx.result_dtype) if needs_result else None
         if torch.is_grad_enabled():  # for a second derivative
             return *_differentiable(ctx, gradient), result_gradient, None, None
-        x, hidden, *kept = ctx.saved_tensors
+        x, hidden, base, _, _, _, *kept = ctx.saved_tensors
         folded = hidden is None
         gate, weight = ctx.mask.rows, None
         if ctx.small:
@@ -178,13 +178,14 @@ def _accumulate(result: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 def _differentiable(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the input and the trained factors, with a graph of their own."""
-    x, mask = ctx.saved_tensors[0], ctx.mask
+    x, _, base, *_ = ctx.saved_tensors
+    mask = ctx.mask
     update = Masked(ctx.factors, mask, ctx.dtype).made(trained=False)
     hidden = linear(x.to(ctx.dtype), update.down)
     output = linear(hidden if mask.gate is None else hidden * mask.gate, update.up)
     output = output.to(gradient.dtype)
-    if ctx.base is not None:
-        output = output + linear(x, ctx.base)
+    if base is not None:
+        output = output + linear(x, base)
     inputs = (x, *ctx.factors[:3])
     wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[i]]
     found = torch.autograd.grad(output, [inputs[i] for i in wanted], gradient, create_graph=True)

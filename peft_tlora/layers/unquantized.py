@@ -7,11 +7,10 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor
 
 from ..integrations.torch import is_traced
-from .batched import take
+from .batched import ready
 from .convolution import add_convolved
 from .layer import TLoraLayer
 from .linear import adapted_linear, add_update
-from .plain import Plain
 
 
 class UnquantizedLayer(TLoraLayer):
@@ -49,17 +48,13 @@ class Linear(UnquantizedLayer, lora.Linear):
         called = args or kwargs or self._disable_adapters or self.merged_adapters or is_traced()
         if called or x.shape[-1] != self.in_features:  # an error that is the base layer's to raise
             return super().forward(x, *args, **kwargs)
-        ready = take(self, x)
-        if ready is None:
-            plain = Plain.of(self)
-            if plain is None:
-                return super().forward(x)
-            ready = plain.ready(x)
-        plain, masked = ready.plain, ready.masked
-        if ready.at_once:
-            return adapted_linear(x, plain.weight, plain.bias, masked)
+        own = ready(self, x)
+        if own is None:
+            return super().forward(x)
+        if own.at_once:
+            return adapted_linear(x, own.plain.weight, own.plain.bias, own.masked)
         result = self.base_layer(x)
-        return add_update(result, x, masked).to(result.dtype)
+        return add_update(result, x, own.masked).to(result.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert an adapter: T-LoRA at one mask, as a merge."""
@@ -78,18 +73,15 @@ class _Convolution(UnquantizedLayer):
         # an error is the base layer's to raise
         if called or x.dim() != base.weight.dim() or x.shape[1] != self.in_features:
             return super().forward(x, *args, **kwargs)
-        ready = take(self, x)
-        if ready is None:
-            plain = Plain.of(self)
-            if plain is None:
-                return super().forward(x)
-            ready = plain.ready(x)
-        weight = None if torch.is_grad_enabled() else ready.folded_weight(x)
+        own = ready(self, x)
+        if own is None:
+            return super().forward(x)
+        weight = None if torch.is_grad_enabled() else own.folded_weight(x)
         if weight is not None:
             return base._conv_forward(x, weight.view(base.weight.shape), base.bias)
-        result, adapter = base(x), ready.plain.adapter
+        result, adapter = base(x), own.plain.adapter
         projections = self.lora_A[adapter], self.lora_B[adapter]
-        return add_convolved(result, x, ready.masked, *projections).to(result.dtype)
+        return add_convolved(result, x, own.masked, *projections).to(result.dtype)
 
 
 class Conv1d(_Convolution, lora.Conv1d):

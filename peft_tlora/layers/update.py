@@ -97,8 +97,8 @@ class Masked(NamedTuple):
         """Whether it is cheaper to multiply an input of a shape by one weight than by two factors.
 
         With factors, an update costs rows x (in + out) x ranks operations; as a weight that is
-        added to the base layer's it costs in x out x ranks for each mask. In 16 bits the sum would
-        lose the update; by itself the weight pays but in small layers.
+        added to the base layer's it costs in x out x ranks for each mask. Where that would lose
+        the update, in 16 bits, its own weight is one more operand, which pays in small layers only.
         """
         gate = self.mask.gate
         if not is_small(self.factors) and (weight is None or not self.takes(weight)):
