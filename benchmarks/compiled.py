@@ -1,9 +1,9 @@
-"""Time of a compiled transformer block with each adapter, as multiples of LoRA compiled.
+"""Time of a compiled transformer block with T-LoRA, divided by that with LoRA, compiled too.
 
-    python benchmarks/compiled.py [--widths 64] [--repeats 41] [--rank 16]
+    python benchmarks/compiled.py [--widths 64] [--dtypes float32] [--repeats 41] [--rank 16]
 
 A block of diffusers, all of whose linear layers are adapted, is compiled whole and called with a
-batch of two, a timestep for each sample and with one for both, as tensors.
+batch of two, with one timestep and with one a sample, as tensors. Adapters are in float32.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from measure import device, interleaved, ratio, report
 from peft import LoraConfig, get_peft_model
+from tiny import step, trained_of
 from torch import nn
 
 from peft_tlora import TLoraConfig
@@ -22,21 +23,21 @@ MODELS = {"LoRA": LoraConfig, "T-LoRA": TLoraConfig}
 
 
 class Denoiser(nn.Module):
-    """A block of self-attention, cross-attention and a feed-forward network."""
+    """A block of self-attention, cross-attention to a fixed text, and a feed-forward network."""
+
+    text: torch.Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        heads = width // 32
-        self.block = BasicTransformerBlock(width, heads, width // heads, cross_attention_dim=width)
+        self.block = BasicTransformerBlock(width, width // 32, 32, cross_attention_dim=width)
+        self.register_buffer("text", torch.randn(2, 77, width))
 
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
-    ) -> torch.Tensor:
-        return self.block(sample, encoder_hidden_states=text)
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.block(sample, encoder_hidden_states=self.text)
 
 
 def model_of(name: str, width: int, r: int, dtype: torch.dtype) -> nn.Module:
-    """A compiled denoiser with an adapter that isn't new; the adapter is in float32."""
+    """A compiled denoiser with an adapter that isn't new."""
     torch.manual_seed(0)
     config = MODELS[name](r=r, lora_alpha=r, target_modules="all-linear")
     model = get_peft_model(Denoiser(width).to(dtype), config)
@@ -46,15 +47,13 @@ def model_of(name: str, width: int, r: int, dtype: torch.dtype) -> nn.Module:
     return torch.compile(model.to(device()), fullgraph=True)  # pyright: ignore[reportReturnType]
 
 
-def timed(
-    model: nn.Module, x: torch.Tensor, text: torch.Tensor, kind: str, backward: bool
-) -> Callable[[int], Callable[[], object]]:
+def timed(model: nn.Module, x: torch.Tensor, kind: str, backward: bool) -> Callable:
     """What prepares a step, with other timesteps each time."""
+    trained = trained_of(model, backward)
 
-    def prepare(repeat: int) -> Callable[[], object]:
+    def prepare(repeat: int) -> Callable[[], None]:
         t = torch.tensor([10.0 + repeat, 900.0 - repeat], device=device())
-        t = t if kind == "one a sample" else t[:1]
-        return lambda: step(model, x, t, text, backward)
+        return lambda: step(model, x, t if kind == "one a sample" else t[:1], trained)
 
     return prepare
 
@@ -72,13 +71,10 @@ def main() -> None:
             torch._dynamo.reset()
             torch._dynamo.config.recompile_limit = 32  # the models share their code
             models = {name: model_of(name, width, arguments.rank, dtype) for name in MODELS}
-            x, text = (torch.randn(2, n, width, device=device(), dtype=dtype) for n in (TOKENS, 77))
+            x = torch.randn(2, TOKENS, width, device=device(), dtype=dtype)
             for kind in ("one", "one a sample"):
                 for backward in (False, True):
-                    cases = {
-                        name: timed(model, x, text, kind, backward)
-                        for name, model in models.items()
-                    }
+                    cases = {n: timed(m, x, kind, backward) for n, m in models.items()}
                     times = interleaved(cases, arguments.repeats, warmup=3)
                     middle = sorted(times["LoRA"])[arguments.repeats // 2]
                     step_name = "both" if backward else "forward"
@@ -94,18 +90,6 @@ def main() -> None:
         "Behind LoRA's medians the time divided by LoRA's of the same round: median and quartiles "
         f"of {arguments.repeats} rounds.",
     )
-
-
-def step(
-    model: nn.Module, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, backward: bool
-) -> None:
-    """A forward, and perhaps a backward."""
-    with torch.set_grad_enabled(backward):
-        output = model(x, t, text)
-    if backward:
-        output.float().square().mean().backward()
-        for parameter in model.parameters():
-            parameter.grad = None
 
 
 if __name__ == "__main__":
